@@ -1,0 +1,19 @@
+"""Diff Pruning (Guo, Rush, Kim 2021, arXiv 2012.07463) as a PEFT tuner.
+
+The main path: [`DiffPruningConfig`] says what to learn, `peft.get_peft_model` builds a [`DiffPruningModel`] of
+[`DiffPruningLayer`]s around a frozen base model, and [`DiffPruningCallback`] takes the stock Trainer through the three
+phases: gating, magnitude pruning, fixmask.
+"""
+
+from diffpeft import log as _log
+from diffpeft.callback import DiffPruningCallback
+from diffpeft.config import DiffPruningConfig
+from diffpeft.layer import DiffPruningLayer
+from diffpeft.model import DiffPruningModel
+from diffpeft.registration import register
+
+__version__ = "0.1.0"
+__all__ = ["DiffPruningCallback", "DiffPruningConfig", "DiffPruningLayer", "DiffPruningModel", "__version__"]
+
+_log.configure()
+register()

@@ -1,0 +1,129 @@
+"""What to learn: the configuration of a diff-pruning adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+
+from diffpeft.peft_type import DIFFPRUNING
+
+GROUP_PENALTIES = ("product", "additive")
+
+
+@dataclass
+class DiffPruningConfig(PeftConfig):
+    """Configuration of [`DiffPruningModel`] (arXiv 2012.07463). `DiffPruningConfig(task_type=...)` is all that a
+    fine-tuning run needs; `docs/flags.md` relates the fields to the flags of the authors' released scripts."""
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules to adapt: a list of names or suffixes, a regex, or 'all-linear', as in PEFT. None adapts "
+            "every module that owns a parameter, except the task head, which is trained whole."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules not to adapt: a list of names or suffixes, or a regex."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules trained whole and saved with the diff. With the default target_modules the fresh head of "
+            "a task model is found and added."
+        },
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Only adapt modules of the layers with these indices."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "The name before the layer index, where layers_to_transform cannot tell it, e.g. 'layer'."},
+    )
+    target_density: float = field(
+        default=0.005,
+        metadata={
+            "help": "Nonzeros of the diff as a share of all parameters of the base model, adapted or not; the task "
+            "head does not count. In (0, 1]."
+        },
+    )
+    gated: bool = field(
+        default=True,
+        metadata={"help": "False trains without gates before magnitude pruning: the paper's non-adaptive baseline."},
+    )
+    structured: bool = field(
+        default=True, metadata={"help": "One more gate per parameter tensor (the paper's structured diff pruning)."}
+    )
+    group_penalty: str = field(
+        default="product",
+        metadata={
+            "help": "How a group gate enters the L0 penalty: 'product', the paper's equation, or 'additive', what the "
+            "released code computes. They are not interchangeable at one l0_lambda."
+        },
+    )
+    l0_lambda: float | str = field(
+        default="auto",
+        metadata={
+            "help": "Weight of the L0 penalty. 'auto' finds in every step the weight that brings the expected density "
+            "to target_density by the end of gating; a number is the paper's fixed weight (1.25e-7 there)."
+        },
+    )
+    gate_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Pace of the gates: how far Adam moves log_alpha a step at most. None: 0.1 as in the paper with a "
+            "fixed l0_lambda, and set by the number of gating steps with 'auto'."
+        },
+    )
+    stretch: tuple[float, float] = field(
+        default=(-1.5, 1.5), metadata={"help": "(l, r) of the hard-concrete distribution, l < 0 and r > 1."}
+    )
+    init_log_alpha: float = field(default=5.0, metadata={"help": "Where the locations of the gates start."})
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True starts the diff at zero. False starts it at random, which only tests want."},
+    )
+    nnz_pattern: dict[str, int] | None = field(
+        default=None,
+        metadata={"help": "Nonzeros of each parameter, set by pruning. None until then. Not meant to be set by hand."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = DIFFPRUNING
+        if isinstance(self.target_modules, (set, tuple)):
+            self.target_modules = sorted(self.target_modules)
+        self.stretch = _stretch(self.stretch, needed=self.gated and self.nnz_pattern is None)
+        check_density(self.target_density)
+        if self.group_penalty not in GROUP_PENALTIES:
+            raise ValueError(f"group_penalty={self.group_penalty!r} is not known; use one of {GROUP_PENALTIES}")
+        if isinstance(self.l0_lambda, str):
+            if self.l0_lambda != "auto":
+                raise ValueError(f"l0_lambda={self.l0_lambda!r} is not known; use 'auto' or a number, e.g. 1.25e-7")
+        elif not 0 <= self.l0_lambda < float("inf"):
+            raise ValueError(f"l0_lambda={self.l0_lambda} is no penalty; use 'auto' or a finite number of at least 0")
+        if self.gate_learning_rate is not None and not 0 < self.gate_learning_rate < float("inf"):
+            raise ValueError(
+                f"gate_learning_rate={self.gate_learning_rate} cannot move the gates; use a positive number or None"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} does nothing without layers_to_transform; set both or neither"
+            )
+
+
+def check_density(density: float) -> None:
+    """Raise ValueError unless `density` is in (0, 1]."""
+    if not 0 < density <= 1:
+        reason = "leaves nothing to train" if density <= 0 else "is no share of the parameters"
+        raise ValueError(f"target_density={density} {reason}; use 0 < target_density <= 1")
+
+
+def _stretch(stretch: Any, needed: bool) -> tuple[float, float]:
+    low, high = (float(bound) for bound in stretch)  # a list when the config comes from JSON
+    if needed and not (low < 0 and high > 1):
+        raise ValueError(
+            f"stretch=({low}, {high}) never closes or never opens a gate for good; use l < 0 and r > 1, e.g. (-1.5, 1.5)"
+        )
+    return low, high

@@ -1,0 +1,51 @@
+"""DistributedDataParallel around parameters that change: new ones must enter its reducer, or ranks drift apart."""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+
+class DDPFinder:
+    """Finds the wrapper that runs a model, which callbacks are not given, and rebuilds it in place."""
+
+    def __init__(self) -> None:
+        self._ddp: DistributedDataParallel | None = None
+        self._handle: RemovableHandle | None = None
+
+    def watch(self, model: nn.Module) -> None:
+        """Note the wrapper whenever it runs `model`."""
+        self.stop()
+
+        def note(*_: Any) -> None:
+            self._ddp = DistributedDataParallel._get_active_ddp_module()
+
+        self._handle = model.register_forward_pre_hook(note)
+
+    def stop(self) -> None:
+        """Stop watching."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = self._ddp = None
+
+    def rebuild(self) -> None:
+        """Build the wrapper anew, in place, for the parameters that the model has now; without one, do nothing.
+
+        Its constructor also checks that all ranks have the same parameters and gives them rank 0's values.
+        """
+        ddp = self._ddp
+        if ddp is None:
+            return
+        DistributedDataParallel.__init__(
+            ddp,
+            ddp.module,
+            device_ids=ddp.device_ids,
+            output_device=ddp.output_device,
+            dim=ddp.dim,
+            broadcast_buffers=ddp.broadcast_buffers,
+            process_group=ddp.process_group,
+            find_unused_parameters=ddp.find_unused_parameters,
+            gradient_as_bucket_view=ddp.gradient_as_bucket_view,
+            static_graph=ddp.static_graph,
+        )

@@ -1,0 +1,51 @@
+"""A sparse diff of one parameter: apply it, gather its gradient, write it into a weight and revert the write exactly."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _SparseParameter(torch.autograd.Function):
+    """theta with k values added; the gradient is the effective parameter's at the k positions."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, values: Tensor, positions: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(positions)
+        ctx.dtype = values.dtype
+        effective = base.clone()
+        add_(effective, values, positions)
+        return effective
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (positions,) = ctx.saved_tensors
+        return None, torch.take(grads[0], positions).to(ctx.dtype), None
+
+
+def sparse_parameter(base: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """The effective parameter: `base` with `values` added at flat `positions`; differentiable in `values`.
+
+    Args:
+        base: the frozen pretrained parameter, any shape and floating dtype.
+        values: shape (k,), floating.
+        positions: int64, shape (k,), sorted flat positions in `base`.
+    """
+    effective: Tensor = _SparseParameter.apply(base, values, positions)  # type: ignore[no-untyped-call]
+    return effective
+
+
+def add_(target: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """Add `values` at flat `positions` of `target` in place and return what stood there.
+
+    Writing the returned tensor back with [`restore_`] is exact to the bit, which subtracting is not. The sum is rounded
+    once, from the wider of the two dtypes, so that merged and unmerged models agree bit for bit.
+    """
+    old = torch.take(target, positions)
+    target.put_(positions, (old + values).to(target.dtype))
+    return old
+
+
+def restore_(target: Tensor, old: Tensor, positions: Tensor) -> None:
+    """Undo [`add_`]."""
+    target.put_(positions, old)

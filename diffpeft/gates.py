@@ -1,0 +1,167 @@
+"""Hard-concrete gates (Louizos et al. 2018, arXiv 1712.01312), as Diff Pruning uses them (arXiv 2012.07463, section 2).
+
+With noise u, stretch (l, r) and location log_alpha:
+
+    s = sigmoid(logit(u) + log_alpha)        z = clamp(s (r - l) + l, 0, 1)        P(z > 0) = sigmoid(log_alpha - log(-l / r))
+
+Pure functions on tensors; nothing here knows about models.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Stretch = tuple[float, float]
+
+NOISE_MARGIN = 1e-4
+"""The noise is uniform on (NOISE_MARGIN, 1 - NOISE_MARGIN), which keeps logit(u) finite."""
+
+
+PIECE = 1 << 16
+"""Elements worked on at a time on a CPU, so that a chain of elementwise operations stays in its cache."""
+
+
+def pieces(*tensors: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors, all of one size, as flat slices of PIECE elements; whole on a GPU, where launches cost more."""
+    flat = [tensor.reshape(-1) for tensor in tensors if tensor is not None]
+    size = PIECE if flat[0].device.type == "cpu" else max(1, flat[0].numel())
+    return zip(*(tensor.split(size) for tensor in flat), strict=True)
+
+
+def sample_noise(like: Tensor) -> Tensor:
+    """Uniform noise of the shape and device of `like`, fp32, drawn from the device's default generator."""
+    noise = torch.rand(like.shape, device=like.device)
+    return noise.mul_(1 - 2 * NOISE_MARGIN).add_(NOISE_MARGIN)
+
+
+def binary_concrete(log_alpha: Tensor, noise: Tensor | None) -> Tensor:
+    """s = sigmoid(logit(noise) + log_alpha), same shape as `log_alpha`; without noise u = 1/2, the deterministic gate."""
+    if noise is None:
+        return torch.sigmoid(log_alpha)
+    # sigmoid(logit(u) + a) = 1 / (1 + exp(-a) (1 - u) / u): one transcendental function instead of three.
+    return torch.exp(-log_alpha).mul_((1 - noise).div_(noise)).add_(1).reciprocal_()
+
+
+def stretch_and_clamp(s: Tensor, stretch: Stretch) -> Tensor:
+    """z = clamp(s (r - l) + l, 0, 1)."""
+    low, high = stretch
+    return torch.mul(s, high - low).add_(low).clamp_(0, 1)
+
+
+def gate(log_alpha: Tensor, noise: Tensor | None, stretch: Stretch) -> Tensor:
+    """The gate z in [0, 1], same shape as `log_alpha`; deterministic without noise. Not differentiable: see
+    [`gated_parameter`]."""
+    return stretch_and_clamp(binary_concrete(log_alpha, noise), stretch)
+
+
+def gate_slope(s: Tensor, stretch: Stretch) -> Tensor:
+    """dz/dlog_alpha = (r - l) s (1 - s) where the gate is not clamped, else 0."""
+    low, high = stretch
+    stretched = torch.mul(s, high - low).add_(low)
+    inside = (stretched > 0) & (stretched < 1)
+    return (1 - s).mul_(s).mul_(high - low).mul_(inside)
+
+
+def open_logit(log_alpha: Tensor, stretch: Stretch) -> Tensor:
+    """logit of P(z > 0) = log_alpha - log(-l / r)."""
+    low, high = stretch
+    return log_alpha - math.log(-low / high)
+
+
+def open_probability(log_alpha: Tensor, stretch: Stretch) -> Tensor:
+    """P(z > 0) of every gate, differentiable (arXiv 2012.07463, equation 4)."""
+    return torch.sigmoid(open_logit(log_alpha, stretch))
+
+
+class _GatedParameter(torch.autograd.Function):
+    """theta + z z_group w with both gradients from the one gradient of the effective parameter."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        base: Tensor,
+        w: Tensor,
+        log_alpha: Tensor,
+        group_log_alpha: Tensor | None,
+        noise: Tensor | None,
+        group_noise: Tensor | None,
+        stretch: Stretch,
+    ) -> Tensor:
+        group_s = group_z = None
+        if group_log_alpha is not None:
+            group_s = binary_concrete(group_log_alpha, group_noise)
+            group_z = stretch_and_clamp(group_s, stretch)
+        s, effective = torch.empty_like(w), torch.empty_like(w)
+        for piece in pieces(base, w, log_alpha, s, effective, noise):
+            s_ = piece[3].copy_(binary_concrete(piece[2], piece[5] if noise is not None else None))
+            delta = stretch_and_clamp(s_, stretch).mul_(piece[1])
+            if group_z is not None:
+                delta.mul_(group_z)
+            torch.add(delta, piece[0], out=piece[4])
+        ctx.save_for_backward(w, s, group_s, group_z)
+        ctx.stretch = stretch
+        return effective.to(base.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        w, s, group_s, group_z = ctx.saved_tensors
+        grad_w, grad_log_alpha = torch.empty_like(w), torch.empty_like(w)
+        grad_group = None if group_s is None else torch.zeros_like(group_s)
+        for g, w_, s_, out_w, out_log_alpha in pieces(grads[0].float(), w, s, grad_w, grad_log_alpha):
+            z = stretch_and_clamp(s_, ctx.stretch)
+            by_delta = g
+            if grad_group is not None:
+                grad_group += torch.dot(g * z, w_)
+                by_delta = g * group_z
+            torch.mul(z, by_delta, out=out_w)
+            torch.mul(gate_slope(s_, ctx.stretch).mul_(w_), by_delta, out=out_log_alpha)
+        if grad_group is not None:
+            grad_group *= gate_slope(group_s, ctx.stretch)
+        return None, grad_w, grad_log_alpha, grad_group, None, None, None
+
+
+def gated_parameter(
+    base: Tensor,
+    w: Tensor,
+    log_alpha: Tensor,
+    group_log_alpha: Tensor | None,
+    stretch: Stretch,
+    noise: Tensor | None = None,
+    group_noise: Tensor | None = None,
+) -> Tensor:
+    """The effective parameter theta + z z_group w (arXiv 2012.07463, equations 3 and 5).
+
+    Args:
+        base: the frozen pretrained parameter, any shape and floating dtype; receives no gradient.
+        w: the dense diff, fp32, shape of `base`.
+        log_alpha: locations of the element gates, fp32, shape of `base`.
+        group_log_alpha: location of the group gate, fp32, shape (1,), or None for the unstructured form.
+        stretch: (l, r) with l < 0 and 1 < r.
+        noise: uniform noise of the shape of `base`, or None for deterministic gates.
+        group_noise: the same for the group gate.
+
+    Returns:
+        A tensor of the shape and dtype of `base`, differentiable in `w`, `log_alpha` and `group_log_alpha`.
+    """
+    effective: Tensor = _GatedParameter.apply(  # type: ignore[no-untyped-call]
+        base, w, log_alpha, group_log_alpha, noise, group_noise, stretch
+    )
+    return effective
+
+
+def expected_l0(
+    log_alpha: Tensor, group_log_alpha: Tensor | None, stretch: Stretch, group_penalty: str = "product"
+) -> Tensor:
+    """The expected number of nonzeros of one group, a differentiable scalar.
+
+    "product" is the paper's P(group open) * sum P(element open); "additive" is what the authors' released code
+    computes: the group's probability is added once. Without a group gate both are sum P(element open).
+    """
+    elements = open_probability(log_alpha, stretch).sum()
+    if group_log_alpha is None:
+        return elements
+    group = open_probability(group_log_alpha, stretch).sum()
+    return elements + group if group_penalty == "additive" else elements * group
