@@ -25,7 +25,7 @@ def find_tuner(model: nn.Module | None) -> DiffPruningModel | None:
     return None
 
 
-class DiffPruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class DiffPruningCallback(TrainerCallback, ExportableState):
     """Gating, then magnitude pruning, then fixmask, in one `trainer.train()`.
 
     Args:
@@ -54,7 +54,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.gating_ratio = gating_ratio
         self.gating_steps = gating_steps
         self.fixmask_learning_rate = fixmask_learning_rate
-        self._steps = 0
+        self.transition_step = 0
+        """The step at whose end pruning happens; known once training has begun."""
         self._ddp = DDPFinder()
 
     def state(self) -> dict[str, Any]:
@@ -64,7 +65,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             "gating_steps": self.gating_steps,
             "fixmask_learning_rate": self.fixmask_learning_rate,
         }
-        return {"args": arguments, "attributes": {"_steps": self._steps}}
+        return {"args": arguments, "attributes": {"transition_step": self.transition_step}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -79,14 +80,16 @@ class DiffPruningCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             )
         if args.fsdp or args.deepspeed:
             raise ValueError("FSDP and DeepSpeed shard parameters that pruning replaces; use one process or DDP")
-        steps = self.gating_steps if self.gating_steps is not None else max(1, round(self.gating_ratio * state.max_steps))
+        steps = (
+            self.gating_steps if self.gating_steps is not None else max(1, round(self.gating_ratio * state.max_steps))
+        )
         if steps > state.max_steps:
             raise ValueError(
                 f"gating_steps={steps} is more than the {state.max_steps} steps of the run; lower it, or raise "
                 "num_train_epochs or max_steps"
             )
         saved = state.stateful_callbacks.get(type(self).__name__, {})
-        before = saved.get("attributes", {}).get("_steps") if isinstance(saved, dict) else None
+        before = saved.get("attributes", {}).get("transition_step") if isinstance(saved, dict) else None
         if state.global_step and before and before != steps:
             raise ValueError(
                 f"the checkpoint was made with {before} gating steps, this run has {steps}; resume with gating_steps={before}"
@@ -102,7 +105,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):  # type: ignore[mis
                 f"the adapter is pruned already, but gating lasts until step {steps}; to go on in fixmask use "
                 "DiffPruningCallback(gating_steps=0)"
             )
-        self._steps = steps
+        self.transition_step = steps
         self._ddp.watch(model)
 
     def on_pre_optimizer_step(
@@ -111,14 +114,12 @@ class DiffPruningCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         """Move the gates, once an update: after clipping, so that nothing scales the penalty."""
         tuner = find_tuner(kwargs["model"])
         if tuner is not None and tuner.phase() == GATING:
-            tuner.gate_step(state.global_step, self._steps)
+            tuner.gate_step(state.global_step, self.transition_step)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """At the end of gating prune, before the step's evaluation and checkpoint."""
         tuner = find_tuner(kwargs["model"])
-        if tuner is None or state.global_step != self._steps or tuner.phase() != GATING:
+        if tuner is None or state.global_step != self.transition_step or tuner.phase() != GATING:
             return
         summary = tuner.magnitude_prune(optimizer=kwargs["optimizer"])
         self._restart_learning_rate(args, kwargs["optimizer"], kwargs["lr_scheduler"])
@@ -151,7 +152,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], torch.Tensor) else rate
 
 
-class DiffPruningLogCallback(TrainerCallback):  # type: ignore[misc]
+class DiffPruningLogCallback(TrainerCallback):
     """Adds the adapter's state to every training log. Registered for all Trainers, ahead of the reporters; does nothing
     for a model without a diff-pruning adapter."""
 

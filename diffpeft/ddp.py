@@ -19,7 +19,7 @@ class DDPFinder:
         self.stop()
 
         def note(*_: Any) -> None:
-            self._ddp = DistributedDataParallel._get_active_ddp_module()
+            self._ddp = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
 
         self._handle = model.register_forward_pre_hook(note)
 

@@ -10,7 +10,7 @@ class _SparseParameter(torch.autograd.Function):
     """theta with k values added; the gradient is the effective parameter's at the k positions."""
 
     @staticmethod
-    def forward(ctx: Any, base: Tensor, values: Tensor, positions: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, base: Tensor, values: Tensor, positions: Tensor) -> Tensor:
         ctx.save_for_backward(positions)
         ctx.dtype = values.dtype
         effective = base.clone()

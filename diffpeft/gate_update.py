@@ -97,7 +97,13 @@ def penalty_gradient(group: Group, stretch: Stretch, form: str) -> tuple[Tensor,
 
 
 def fixed_lambda_step(
-    groups: Sequence[Group], l0_lambda: float, step: int, pace: float, stretch: Stretch, form: str, max_norm: float = 1.0
+    groups: Sequence[Group],
+    l0_lambda: float,
+    step: int,
+    pace: float,
+    stretch: Stretch,
+    form: str,
+    max_norm: float = 1.0,
 ) -> None:
     """One update with the paper's fixed lambda: the gradient of loss + lambda * penalty, its norm clipped, then Adam.
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ NOISE_MARGIN = 1e-4
 """The noise is uniform on (NOISE_MARGIN, 1 - NOISE_MARGIN), which keeps logit(u) finite."""
 
 
-PIECE = 1 << 16
+PIECE = 1 << 17
 """Elements worked on at a time on a CPU, so that a chain of elementwise operations stays in its cache."""
 
 
@@ -28,12 +29,21 @@ def pieces(*tensors: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
     """The tensors, all of one size, as flat slices of PIECE elements; whole on a GPU, where launches cost more."""
     flat = [tensor.reshape(-1) for tensor in tensors if tensor is not None]
     size = PIECE if flat[0].device.type == "cpu" else max(1, flat[0].numel())
-    return zip(*(tensor.split(size) for tensor in flat), strict=True)
+    return zip(*(torch.split(tensor, size) for tensor in flat), strict=True)
 
 
 def sample_noise(like: Tensor) -> Tensor:
-    """Uniform noise of the shape and device of `like`, fp32, drawn from the device's default generator."""
-    noise = torch.rand(like.shape, device=like.device)
+    """Uniform noise of the shape and device of `like`, fp32.
+
+    It follows from torch's default generator, whose state a checkpoint restores. On a CPU that generator only seeds
+    numpy's SFC64, which is four times as fast as torch.rand.
+    """
+    if like.device.type == "cpu":
+        seed = int(torch.randint(1 << 62, ()))
+        noise = torch.empty(like.shape, dtype=torch.float32)
+        np.random.Generator(np.random.SFC64(seed)).random(out=noise.numpy(), dtype=np.float32)
+    else:
+        noise = torch.rand(like.shape, device=like.device)
     return noise.mul_(1 - 2 * NOISE_MARGIN).add_(NOISE_MARGIN)
 
 
@@ -80,7 +90,7 @@ class _GatedParameter(torch.autograd.Function):
     """theta + z z_group w with both gradients from the one gradient of the effective parameter."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         base: Tensor,
         w: Tensor,

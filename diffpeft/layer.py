@@ -101,7 +101,8 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
         else:
             nnz = {name: config.nnz_pattern.get(self.parameter_key(name), 0) for name in self.own_parameters()}
             self.start_fixmask(adapter_name, {name: count for name, count in nnz.items() if count})
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        for parameter in self.adapter_parameters(adapter_name):
+            parameter.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
 
     def start_gating(self, adapter_name: str) -> None:
         """Give the adapter w and gates at their initial values, in place of what it had."""
@@ -110,16 +111,16 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
         w, log_alpha, group_log_alpha = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         moments = [BufferDict(persistent=True) for _ in GATING_BUFFERS]
         for name, parameter in self.own_parameters().items():
-            like = {"dtype": torch.float32, "device": parameter.device}
-            zeros = torch.zeros(parameter.shape, **like)  # type: ignore[arg-type]
+            zeros = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
             w[name] = nn.Parameter(zeros if config.init_weights else torch.randn_like(zeros).mul_(0.02))
             if not config.gated:
                 continue
             log_alpha[name] = nn.Parameter(torch.full_like(zeros, config.init_log_alpha))
             moments[0][name], moments[1][name] = torch.zeros_like(zeros), torch.zeros_like(zeros)
             if config.structured:
-                group_log_alpha[name] = nn.Parameter(torch.full((1,), config.init_log_alpha, **like))  # type: ignore[arg-type]
-                moments[2][name], moments[3][name] = torch.zeros(1, **like), torch.zeros(1, **like)  # type: ignore[arg-type]
+                zero = zeros.new_zeros(1)
+                group_log_alpha[name] = nn.Parameter(torch.full_like(zero, config.init_log_alpha))
+                moments[2][name], moments[3][name] = zero, zero.clone()
         for attribute, tensors in zip(GATING_PARAMETERS, (w, log_alpha, group_log_alpha), strict=True):
             getattr(self, attribute)[adapter_name] = tensors
         for attribute, buffers in zip(GATING_BUFFERS, moments, strict=True):
@@ -199,6 +200,10 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
 
     # Effective parameters
 
+    def _tensor(self, attribute: str, adapter_name: str, name: str) -> Tensor:
+        tensor: Tensor = getattr(self, attribute)[adapter_name][name]
+        return tensor
+
     def positions(self, adapter_name: str, name: str) -> Tensor:
         """Sorted flat positions, int64, of the adapter's nonzeros in parameter `name`.
 
@@ -219,13 +224,14 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
     def dense_delta(self, adapter_name: str, name: str) -> Tensor:
         """z w with deterministic gates, fp32, shape of the parameter; gating only, without gradient."""
         with torch.no_grad():
-            w: Tensor = self.diffpruning_w[adapter_name][name]
+            w: Tensor = self._tensor("diffpruning_w", adapter_name, name)
             if name not in self.diffpruning_log_alpha[adapter_name]:
                 return w.clone()
             stretch = self.configs[adapter_name].stretch
-            delta = gates.gate(self.diffpruning_log_alpha[adapter_name][name], None, stretch).mul_(w)
+            delta = gates.gate(self._tensor("diffpruning_log_alpha", adapter_name, name), None, stretch).mul_(w)
             if name in self.diffpruning_group_log_alpha[adapter_name]:
-                delta.mul_(gates.gate(self.diffpruning_group_log_alpha[adapter_name][name], None, stretch))
+                group_log_alpha = self._tensor("diffpruning_group_log_alpha", adapter_name, name)
+                delta.mul_(gates.gate(group_log_alpha, None, stretch))
             return delta
 
     def _with_adapter(self, parameter: Tensor, adapter_name: str, name: str) -> Tensor:
@@ -237,12 +243,12 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
             return sparse_parameter(parameter, values[name], self.positions(adapter_name, name))
         if adapter_name not in self.diffpruning_w:
             return parameter
-        w = self.diffpruning_w[adapter_name][name]
+        w = self._tensor("diffpruning_w", adapter_name, name)
         if name not in self.diffpruning_log_alpha[adapter_name]:
             return (parameter + w).to(parameter.dtype)
-        log_alpha = self.diffpruning_log_alpha[adapter_name][name]
+        log_alpha = self._tensor("diffpruning_log_alpha", adapter_name, name)
         group = self.diffpruning_group_log_alpha[adapter_name]
-        group_log_alpha = group[name] if name in group else None
+        group_log_alpha = group.get(name, None)
         noise = group_noise = None
         if self.training:
             noise = gates.sample_noise(log_alpha)
@@ -278,12 +284,14 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
     @property
     def weight(self) -> Tensor:
         """The effective weight: some models read it without calling the module."""
-        return self._read("weight")
+        weight: Tensor = self._read("weight")
+        return weight
 
     @property
     def bias(self) -> Tensor:
         """The effective bias."""
-        return self._read("bias")
+        bias: Tensor = self._read("bias")
+        return bias
 
     def _read(self, name: str) -> Any:
         base_layer = self.base_layer
@@ -364,6 +372,8 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
         target = device if device is not None else next(iter(own.values())).device
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
             container = getattr(self, attribute)
-            if adapter_name in container and target.type != "meta":
-                if not any(t.is_meta for t in (*container[adapter_name].parameters(), *container[adapter_name].buffers())):
-                    container[adapter_name].to(target)
+            if adapter_name not in container or target.type == "meta":
+                continue
+            tensors = [*container[adapter_name].parameters(), *container[adapter_name].buffers()]
+            if not any(tensor.is_meta for tensor in tensors):
+                container[adapter_name].to(target)

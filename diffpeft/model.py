@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from diffpeft import gate_update, gates, pruning
 from diffpeft.config import DiffPruningConfig, check_density
 from diffpeft.head import fresh_head
-from diffpeft.layer import POSITIONS, VALUES, DiffPruningLayer
-from diffpeft.optimizer import Replacement, check_replaceable, replace_parameters
+from diffpeft.layer import POSITIONS, VALUES, DiffPruningLayer, GateTensors
+from diffpeft.optimizer import check_replaceable, replace_parameters
 
 GATING, FIXMASK = "gating", "fixmask"
 
@@ -65,7 +65,9 @@ class DiffPruningModel(BaseTuner):
 
     # Injection
 
-    def _prepare_adapter_config(self, peft_config: DiffPruningConfig, model_config: dict[str, Any]) -> DiffPruningConfig:
+    def _prepare_adapter_config(
+        self, peft_config: DiffPruningConfig, model_config: dict[str, Any]
+    ) -> DiffPruningConfig:
         if peft_config.target_modules is None:
             head = [name for name in fresh_head(self.model) if name not in (peft_config.modules_to_save or [])]
             if head:
@@ -126,7 +128,9 @@ class DiffPruningModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
         if config.target_modules is None and (config.layers_to_transform, config.exclude_modules) == (None, None):
-            adapted = {id(p) for layer in self._layers(adapter_name) for p in layer.base_layer.parameters(recurse=False)}
+            adapted = {
+                id(p) for layer in self._layers(adapter_name) for p in layer.base_layer.parameters(recurse=False)
+            }
             left = [name for name, p in self._base_parameters() if id(p) not in adapted and p.is_floating_point()]
             if left:
                 raise ValueError(
@@ -199,15 +203,7 @@ class DiffPruningModel(BaseTuner):
         groups = []
         for layer in self._layers(adapter_name):
             for elements, whole in layer.gates(adapter_name).values():
-                tensors = []
-                for gate in (elements, whole):
-                    if gate is None:
-                        tensors.append(None)
-                        continue
-                    grad = gate.log_alpha.grad
-                    grad = torch.zeros_like(gate.log_alpha) if grad is None else grad
-                    tensors.append(gate_update.Gates(gate.log_alpha.data, grad, gate.exp_avg, gate.exp_avg_sq))
-                groups.append(gate_update.Group(*tensors))  # type: ignore[arg-type]
+                groups.append(gate_update.Group(_with_gradient(elements), whole and _with_gradient(whole)))
         return groups
 
     def l0_penalty(self, adapter_name: str | None = None) -> Tensor:
@@ -274,7 +270,9 @@ class DiffPruningModel(BaseTuner):
         if bool(torch.isfinite(torch.stack([group.elements.grad.sum() for group in groups]).sum())):
             if config.l0_lambda == "auto":
                 total, expected = self.num_base_parameters(), self.expected_nonzeros(name)
-                start = total * float(torch.sigmoid(gates.open_logit(torch.tensor(config.init_log_alpha), config.stretch)))
+                start = total * float(
+                    torch.sigmoid(gates.open_logit(torch.tensor(config.init_log_alpha), config.stretch))
+                )
                 target = config.target_density * total
                 wanted = gate_update.density_schedule(step, gating_steps, start, min(start, target))
                 pace = config.gate_learning_rate or gate_update.automatic_pace(gating_steps)
@@ -311,7 +309,9 @@ class DiffPruningModel(BaseTuner):
         name = self._name(adapter_name)
         config: DiffPruningConfig = self.peft_config[name]
         if self.phase(name) != GATING:
-            raise ValueError(f"adapter {name!r} is pruned already, to {self._count(name)} nonzeros; it cannot be pruned twice")
+            raise ValueError(
+                f"adapter {name!r} is pruned already, to {self._count(name)} nonzeros; it cannot be pruned twice"
+            )
         density = config.target_density if density is None else density
         check_density(density)
         total, adapted = self.num_base_parameters(), self._count(name)
@@ -382,7 +382,9 @@ class DiffPruningModel(BaseTuner):
             raise ValueError(f"there are no diff-pruning tensors in what is to be loaded into adapter {adapter_name!r}")
         layers = [m for m in model.modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)]
         if any(adapter_name in layer.merged_adapters for layer in layers):
-            raise ValueError(f"adapter {adapter_name!r} is merged into the base model; unmerge it before loading over it")
+            raise ValueError(
+                f"adapter {adapter_name!r} is merged into the base model; unmerge it before loading over it"
+            )
         if any(f".{VALUES}." in key for key in mine):
             config.nnz_pattern = {}
             for layer in layers:
@@ -405,11 +407,19 @@ class DiffPruningModel(BaseTuner):
                 if not layer.is_gating(adapter_name):
                     trainable = any(p.requires_grad for p in layer.adapter_parameters(adapter_name))
                     layer.start_gating(adapter_name)
-                    for parameter in layer.adapter_parameters(adapter_name):
-                        parameter.requires_grad_(trainable)
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+                    for tensor in layer.adapter_parameters(adapter_name):
+                        tensor.requires_grad_(trainable)
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
         _check_complete(model, adapter_name, remapped, cls.prefix)
         return remapped
+
+
+def _with_gradient(tensors: GateTensors) -> gate_update.Gates:
+    log_alpha, exp_avg, exp_avg_sq = tensors
+    grad = torch.zeros_like(log_alpha) if log_alpha.grad is None else log_alpha.grad
+    return gate_update.Gates(log_alpha.detach(), grad, exp_avg, exp_avg_sq)
 
 
 def _score(layer: DiffPruningLayer, adapter_name: str, parameter: str) -> pruning.Scores:
@@ -420,7 +430,9 @@ def _score(layer: DiffPruningLayer, adapter_name: str, parameter: str) -> prunin
         if parameter in layer.diffpruning_log_alpha[adapter_name]:
             stretch = layer.configs[adapter_name].stretch
             w = layer.diffpruning_w[adapter_name][parameter].detach().abs()
-            nearly = gates.open_probability(layer.diffpruning_log_alpha[adapter_name][parameter].detach(), stretch).mul_(w)
+            nearly = gates.open_probability(
+                layer.diffpruning_log_alpha[adapter_name][parameter].detach(), stretch
+            ).mul_(w)
             delta = torch.where(delta > 0, delta, nearly.mul_(1e-12))
         return delta
 
