@@ -79,6 +79,7 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._merges: list[_Merge] = []
         self._unpacked: dict[tuple[str, str], _Unpacked] = {}
+        self._running: dict[str, Tensor] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
 
@@ -101,8 +102,6 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
         else:
             nnz = {name: config.nnz_pattern.get(self.parameter_key(name), 0) for name in self.own_parameters()}
             self.start_fixmask(adapter_name, {name: count for name, count in nnz.items() if count})
-        for parameter in self.adapter_parameters(adapter_name):
-            parameter.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
 
     def start_gating(self, adapter_name: str) -> None:
         """Give the adapter w and gates at their initial values, in place of what it had."""
@@ -125,6 +124,7 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
             getattr(self, attribute)[adapter_name] = tensors
         for attribute, buffers in zip(GATING_BUFFERS, moments, strict=True):
             getattr(self, attribute)[adapter_name] = buffers
+        self._set_trainable(adapter_name)
 
     def start_fixmask(self, adapter_name: str, nnz: dict[str, int]) -> None:
         """Give the adapter room for `nnz` values a parameter, in place of what it had; the first positions, zeros.
@@ -146,12 +146,21 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
             packed[name] = positions.pack(torch.arange(count), parameter.numel()).to(parameter.device)
         getattr(self, VALUES)[adapter_name] = values
         getattr(self, POSITIONS)[adapter_name] = packed
+        self._set_trainable(adapter_name)
+
+    def _set_trainable(self, adapter_name: str) -> None:
+        """New tensors of the active adapter train, unless it was loaded for inference; those of others do not."""
+        trainable = adapter_name in self.active_adapters and not self.configs[adapter_name].inference_mode
+        for parameter in self.adapter_parameters(adapter_name):
+            parameter.requires_grad_(trainable)
 
     def set_diff(self, adapter_name: str, diff: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Put the adapter into fixmask with the given (positions, values), flat and sorted, a parameter."""
         trainable = any(parameter.requires_grad for parameter in self.adapter_parameters(adapter_name))
         self.start_fixmask(adapter_name, {})
         for name, (where, values) in diff.items():
+            if where.shape != values.shape:
+                raise ValueError(f"{self.parameter_key(name)}: {where.numel()} positions, {values.numel()} values")
             if where.numel():
                 numel = self.own_parameters()[name].numel()
                 getattr(self, VALUES)[adapter_name][name] = nn.Parameter(values.clone(), requires_grad=trainable)
@@ -175,6 +184,12 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
     def is_gating(self, adapter_name: str) -> bool:
         """Whether the adapter still has w and gates here, rather than fixed positions."""
         return adapter_name in self.diffpruning_w
+
+    def nnz(self, adapter_name: str) -> dict[str, int] | None:
+        """Nonzeros of each parameter that has any; None in gating."""
+        if self.is_gating(adapter_name):
+            return None
+        return {name: values.numel() for name, values in getattr(self, VALUES)[adapter_name].items()}
 
     def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         """All parameters of the adapter, trainable or not."""
@@ -261,6 +276,8 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
         if name in self.ties:
             owner, owner_name = self.ties[name]
             return owner.effective(owner_name)
+        if name in self._running:  # while the module runs, its own attribute is the effective parameter already
+            return self._running[name]
         parameter: Tensor = getattr(self.base_layer, name)
         if self.disable_adapters or self.merged:
             return parameter
@@ -279,7 +296,11 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
                 changed[name] = effective
         if not changed:
             return self.base_layer(*args, **kwargs)
-        return functional_call(self.base_layer, changed, args, kwargs)
+        self._running = changed
+        try:
+            return functional_call(self.base_layer, changed, args, kwargs)
+        finally:
+            self._running = {}
 
     @property
     def weight(self) -> Tensor:

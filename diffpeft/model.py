@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from diffpeft import gate_update, gates, pruning
 from diffpeft.config import DiffPruningConfig, check_density
@@ -138,6 +139,26 @@ class DiffPruningModel(BaseTuner):
                     f"{left[:5]}; name the modules to adapt in target_modules"
                 )
 
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """PEFT's hook behind `unload` and `merge_and_unload`, which by itself leaves wrapped modules inside others."""
+        wrapped = [(name, m) for name, m in self.model.named_modules() if isinstance(m, DiffPruningLayer)]
+        for name, layer in tqdm(reversed(wrapped), total=len(wrapped), disable=not progressbar, desc="Unloading"):
+            with onload_layer(layer):
+                if merge:
+                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                else:
+                    layer.unmerge()
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, layer.base_layer)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return model
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
@@ -229,7 +250,7 @@ class DiffPruningModel(BaseTuner):
         """Elements of w in gating, nonzeros in fixmask."""
         layers = self._layers(adapter_name)
         if self.phase(adapter_name) == FIXMASK:
-            return sum(v.numel() for layer in layers for v in getattr(layer, VALUES)[adapter_name].values())
+            return sum(sum((layer.nnz(adapter_name) or {}).values()) for layer in layers)
         return sum(p.numel() for layer in layers for p in layer.own_parameters().values())
 
     def expected_nonzeros(self, adapter_name: str | None = None) -> float:
@@ -377,38 +398,34 @@ class DiffPruningModel(BaseTuner):
         cls, model: nn.Module, config: DiffPruningConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Bring the adapter into the file's phase and shapes, which loading into an adapter that exists does not."""
-        mine = {key: tensor for key, tensor in state_dict.items() if f".{cls.prefix}" in key}
+        # By name in the base model: without PEFT's prefix, and without `.base_layer` where wrapped modules nest.
+        mine = {
+            key.replace(".base_layer", "").removeprefix("base_model.model."): tensor
+            for key, tensor in state_dict.items()
+            if f".{cls.prefix}" in key
+        }
         if not mine:
             raise ValueError(f"there are no diff-pruning tensors in what is to be loaded into adapter {adapter_name!r}")
         layers = [m for m in model.modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)]
         if any(adapter_name in layer.merged_adapters for layer in layers):
-            raise ValueError(
-                f"adapter {adapter_name!r} is merged into the base model; unmerge it before loading over it"
-            )
+            raise ValueError(f"adapter {adapter_name!r} is merged into the base model; unmerge it before loading over it")
         if any(f".{VALUES}." in key for key in mine):
             config.nnz_pattern = {}
             for layer in layers:
                 nnz = {}
                 for parameter in layer.own_parameters():
-                    value = _find(mine, layer.key, VALUES, parameter)
-                    packed = _find(mine, layer.key, POSITIONS, parameter)
-                    if (value is None) != (packed is None):
+                    value = mine.get(f"{layer.key}.{VALUES}.{parameter}")
+                    if (value is None) != (f"{layer.key}.{POSITIONS}.{parameter}" not in mine):
                         raise ValueError(f"{layer.parameter_key(parameter)} has values or positions, but not both")
                     if value is not None:
                         nnz[parameter] = config.nnz_pattern[layer.parameter_key(parameter)] = value.numel()
-                held = getattr(layer, VALUES)
-                if adapter_name not in held or {n: v.numel() for n, v in held[adapter_name].items()} != nnz:
-                    trainable = any(p.requires_grad for p in layer.adapter_parameters(adapter_name))
+                if layer.nnz(adapter_name) != nnz:
                     layer.start_fixmask(adapter_name, nnz)
-                    getattr(layer, VALUES)[adapter_name].requires_grad_(trainable)
         else:
             config.nnz_pattern = None
             for layer in layers:
                 if not layer.is_gating(adapter_name):
-                    trainable = any(p.requires_grad for p in layer.adapter_parameters(adapter_name))
                     layer.start_gating(adapter_name)
-                    for tensor in layer.adapter_parameters(adapter_name):
-                        tensor.requires_grad_(trainable)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
@@ -437,15 +454,6 @@ def _score(layer: DiffPruningLayer, adapter_name: str, parameter: str) -> prunin
         return delta
 
     return score
-
-
-def _find(state_dict: dict[str, Tensor], layer_key: str, attribute: str, parameter: str) -> Tensor | None:
-    """A tensor of a layer in a file, whose keys have PEFT's prefix and `.base_layer` where wrapped modules nest."""
-    for key, tensor in state_dict.items():
-        plain = key.replace(".base_layer", "").removeprefix("base_model.model.")
-        if plain == f"{layer_key}.{attribute}.{parameter}":
-            return tensor
-    return None
 
 
 def _check_complete(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], prefix: str) -> None:

@@ -16,7 +16,7 @@ Two things keep the task from being solved by looking words up:
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from random import Random
 from typing import Any, NamedTuple
@@ -24,14 +24,20 @@ from typing import Any, NamedTuple
 LENGTH = (4, 14)
 """The fewest and the most words of a sentence."""
 
+
+def _words(entries: str) -> tuple[str, ...]:
+    return tuple(entries.split())
+
+
 FUNCTION_WORDS = frozenset(
-    """
-    a all and any as at be both by each every few how many much no several so some that the these this those too
-    i me he him she her they them we us my our their himself herself themselves
-    am is are was were has have had do does did will would can could should must might
-    not ever neither nobody everybody somebody what when where why who
-    near behind beside for with in on after before during
-    """.split()
+    _words(
+        """
+        all and any as both each every few how many much no several so that the these this those too
+        i me he him she her they them we us my our their himself herself themselves
+        is are was were has have had do does did will would can could should must
+        not ever neither what when where why who near behind beside for in on after before during
+        """
+    )
 )
 """The words, in lower case, that both splits may use."""
 
@@ -81,10 +87,6 @@ def _nouns(entries: str) -> tuple[Noun, ...]:
 
 def _verbs(entries: str) -> tuple[Verb, ...]:
     return tuple(_verb(entry) for entry in entries.split())
-
-
-def _words(entries: str) -> tuple[str, ...]:
-    return tuple(entries.split())
 
 
 @dataclass(frozen=True)
@@ -143,10 +145,12 @@ LEXICONS = {
         stuff=_words("rice sand butter furniture luggage honey soap money"),
         places=_nouns("station bridge school church market hotel castle hospital"),
         times=("in the morning", "after lunch", "during the summer", "on Sunday"),
-        intransitive=_verbs("smile sleep/slept/slept sneeze yawn arrive giggle kneel/knelt/knelt hesitate faint disappear"),
-        transitive=_verbs("carry grab remove use touch bring/brought/brought hold/held/held discard destroy mention"),
-        strong=_verbs("take/took/taken see/saw/seen draw/drew/drawn choose/chose/chosen"),
-        getting=_verbs("bring/brought/brought take/took/taken use carry sell/sold/sold"),
+        intransitive=_verbs(
+            "smile sleep/slept/slept sneeze yawn arrive giggle kneel/knelt/knelt hesitate faint disappear"
+        ),
+        transitive=_verbs("bury grab remove repair display bring/brought/brought store destroy mention ruin"),
+        strong=_verbs("take/took/taken shake/shook/shaken draw/drew/drawn choose/chose/chosen"),
+        getting=_verbs("bring/brought/brought take/took/taken send/sent/sent carry sell/sold/sold"),
         social=_verbs("admire thank help follow meet/met/met call"),
         reflexive=_verbs("praise blame introduce admire"),
         saying=_words("said thought"),
@@ -160,19 +164,19 @@ LEXICONS = {
         women_names=_words("Sarah Laura Helen Alice Rachel"),
         men_names=_words("Thomas Robert Daniel George Paul"),
         people=_nouns(
-            "artist pilot writer engineer visitor gardener musician dentist clerk carpenter poet professor banker hunter"
+            "artist pilot writer engineer visitor gardener musician dentist clerk carpenter poet professor banker"
         ),
-        women=_nouns("woman/women sister mother princess wife/wives"),
-        men=_nouns("man/men brother father prince husband"),
+        women=_nouns("woman/women sister princess waitress actress"),
+        men=_nouns("man/men brother prince waiter actor"),
         things=_nouns("box table mirror suitcase knife/knives clock carpet candle wallet bicycle violin hat"),
         stuff=_words("bread milk flour salt jewelry equipment gold"),
         places=_nouns("museum library river tower theater lake restaurant"),
         times=("in the evening", "before dinner", "during the winter", "on Friday"),
-        intransitive=_verbs("laugh cough snore frown apologize vanish shiver fall/fell/fallen chuckle tremble"),
-        transitive=_verbs("borrow purchase damage replace fetch obtain examine buy/bought/bought inspect describe"),
+        intransitive=_verbs("laugh cough snore frown apologize vanish shiver sigh chuckle tremble"),
+        transitive=_verbs("reject purchase damage replace fetch obtain examine locate inspect describe"),
         strong=_verbs("hide/hid/hidden break/broke/broken steal/stole/stolen throw/threw/thrown"),
         getting=_verbs("buy/bought/bought fetch purchase find/found/found obtain"),
-        social=_verbs("greet trust recognize invite respect"),
+        social=_verbs("greet invite watch protect chase visit"),
         reflexive=_verbs("criticize defend respect describe"),
         saying=_words("claimed believed"),
         knowing=_words("learned forgot explained"),
@@ -191,7 +195,7 @@ def _maybe(rng: Random, text: str, chance: float = 0.4) -> str:
     return text if rng.random() < chance else ""
 
 
-def _swap(rng: Random, options: dict[str, tuple[str, ...]], right: str) -> tuple[str, str]:
+def _swap(rng: Random, options: Mapping[str, tuple[str, ...]], right: str) -> tuple[str, str]:
     """A word of the group called `right` and one of another group."""
     wrong = rng.choice([group for group in options if group != right])
     return rng.choice(options[right]), rng.choice(options[wrong])
@@ -203,7 +207,7 @@ def _name(lex: Lexicon, rng: Random) -> str:
 
 def _person(lex: Lexicon, rng: Random, plural: bool = False, trait: float = 0.3, determiner: str | None = None) -> str:
     """A noun phrase like "the tall baker"."""
-    determiner = rng.choice(("the", "the", "my", "our", "their")) if determiner is None else determiner
+    determiner = rng.choice(("the", "the", "the", "my", "our", "their")) if determiner is None else determiner
     noun = rng.choice(lex.people + lex.women + lex.men)
     return f"{determiner} {_maybe(rng, rng.choice(lex.traits), trait)} {noun[plural]}"
 
@@ -230,27 +234,28 @@ def _beside(rng: Random) -> str:
 def agreement(lex: Lexicon, rng: Random) -> Pair:
     """The verb agrees with its subject, not with a noun between them."""
     plural = rng.random() < 0.5
-    subject = _person(lex, rng, plural, trait=0.2)
-    between = rng.choice(("", "prepositional", "relative"))
     other = plural if rng.random() < 0.25 else not plural
+    subject = f"{_opening(lex, rng, 0.15)} {_person(lex, rng, plural, trait=0.2)}"
+    between = rng.choice(("nothing", "prepositional", "relative"))
     if between == "prepositional":
         subject += f" {_beside(rng)} the {rng.choice(lex.places)[other]}"
     elif between == "relative":
-        subject += f" that {_person(lex, rng, other, trait=0)} {rng.choice(lex.social).past}"
+        relative = f"that {_person(lex, rng, other, trait=0)} {rng.choice(lex.social).past}"
+        subject = f"{_person(lex, rng, plural, trait=0.2, determiner='the')} {relative}"
     time = rng.choice(lex.times)
     verb = rng.choice(lex.intransitive)
     one, many, rest = rng.choice(
         [
             (verb.third, verb.base, time),
             ("does", "do", f"not {verb.base} {_maybe(rng, time)}"),
-            ("has", "have", f"{verb.participle} {_maybe(rng, time)}"),
-            ("is", "are", f"{verb.ing} {_maybe(rng, time)}"),
-            (*rng.choice((("is", "are"), ("was", "were"))), f"{rng.choice(lex.traits)}"),
+            ("has", "have", verb.participle),
+            ("is", "are", verb.ing),
+            ("was", "were", f"{verb.ing} {_maybe(rng, time)}"),
+            (*rng.choice((("is", "are"), ("was", "were"))), rng.choice(lex.traits)),
         ]
     )
     right, wrong = (many, one) if plural else (one, many)
-    start = f"{_opening(lex, rng, 0.15)} {subject}"
-    return f"{start} {right} {rest}", f"{start} {wrong} {rest}"
+    return f"{subject} {right} {rest}", f"{subject} {wrong} {rest}"
 
 
 def determiner_noun(lex: Lexicon, rng: Random) -> Pair:
@@ -294,20 +299,20 @@ def inversion(lex: Lexicon, rng: Random) -> Pair:
     plural = rng.random() < 0.5
     subject = _person(lex, rng, plural)
     embedded = rng.random() < 0.5
-    auxiliary, form = rng.choice(
-        [
-            (rng.choice(("could", "would", "should") if embedded else ("did", "will", "can", "should")), "base"),
-            ("had" if embedded or rng.random() < 0.4 else ("have" if plural else "has"), "participle"),
-            (rng.choice((("was", "were"), ("was", "were") if embedded else ("is", "are")))[plural], "ing"),
-        ]
-    )
+    auxiliaries = {
+        "base": ("could", "would") if embedded else ("did", "did", "will", "can", "should"),
+        "participle": ("had", "had" if embedded else ("have" if plural else "has")),
+        "ing": ("were" if plural else "was",),
+    }
+    form = rng.choice(list(auxiliaries))
+    auxiliary = rng.choice(auxiliaries[form])
     question = rng.choice(("what", "what", "who", "when", "where", "why"))
     verb = rng.choice({"what": lex.transitive, "who": lex.social}.get(question, lex.intransitive + lex.transitive))
     rest = getattr(verb, form)
-    if question in ("what", "who"):
-        rest += f" {_maybe(rng, rng.choice(lex.times))}"
-    elif verb in lex.transitive:
+    if verb in lex.transitive and question != "what":
         rest += f" {_thing(lex, rng)}"
+    elif question != "when" and auxiliary not in ("has", "have"):
+        rest += f" {_maybe(rng, rng.choice(lex.times))}"
     straight, inverted = f"{subject} {auxiliary} {rest}", f"{auxiliary} {subject} {rest}"
     if embedded:
         start = f"{_someone(lex, rng)} {rng.choice(lex.knowing)} {question}"
@@ -317,7 +322,8 @@ def inversion(lex: Lexicon, rng: Random) -> Pair:
 
 def argument_structure(lex: Lexicon, rng: Random) -> Pair:
     """An intransitive verb takes no object, a transitive one needs its object."""
-    auxiliary, form = rng.choice((("", "past"), ("", "past"), ("will", "base"), ("must", "base"), ("had", "participle")))
+    tenses = (("", "past"), ("", "past"), ("will", "base"), ("must", "base"), ("had", "participle"))
+    auxiliary, form = rng.choice(tenses)
     with_object, without = (getattr(rng.choice(verbs), form) for verbs in (lex.transitive, lex.intransitive))
     start = f"{_opening(lex, rng)} {_someone(lex, rng)} {auxiliary}"
     time = rng.choice(lex.times)
@@ -329,7 +335,7 @@ def argument_structure(lex: Lexicon, rng: Random) -> Pair:
 
 
 def polarity(lex: Lexicon, rng: Random) -> Pair:
-    """"Any" and "ever" follow a negation that has scope over them; "neither" follows a negation and "so" does not."""
+    """A negation has scope over "any" and "ever"; "neither" follows a negative clause, and "so" a positive one."""
     plural = rng.random() < 0.5
     nouns = f"{_maybe(rng, rng.choice(lex.looks), 0.25)} {rng.choice(lex.things).many}"
     person, other = (_person(lex, rng, plural, determiner="", trait=0.2) for _ in range(2))
@@ -337,8 +343,7 @@ def polarity(lex: Lexicon, rng: Random) -> Pair:
     have = "have" if plural else "has"
     variant = rng.choice(("object", "relative", "ever", "tag"))
     if variant == "object":
-        middle = f"{rng.choice(('did', 'could', 'will'))} not {verb.base}"
-        end = _maybe(rng, rng.choice(lex.times))
+        middle, end = f"did not {verb.base}", _maybe(rng, rng.choice(lex.times))
         return f"the {person} {middle} any {nouns} {end}", f"any {person} {middle} the {nouns} {end}"
     if variant == "relative":
         parts = (f"the {person} who {have}", f"{doing.participle} {have}", f"{verb.participle} any {nouns}")
@@ -347,8 +352,7 @@ def polarity(lex: Lexicon, rng: Random) -> Pair:
         middle, end = f"{other} {rng.choice(lex.social).past}", f"{have} ever {doing.participle}"
         return f"no {person} that the {middle} {end}", f"the {person} that no {middle} {end}"
     negative = rng.random() < 0.5
-    subject = rng.choice(("nobody" if negative else "everybody", _name(lex, rng), _person(lex, rng, trait=0)))
-    did = f"did not {doing.base}" if negative and subject != "nobody" else doing.past
+    subject, did = _someone(lex, rng), f"did not {doing.base}" if negative else doing.past
     right, wrong = ("neither", "so") if negative else ("so", "neither")
     start, end = f"{subject} {did}, and", f"did the {other}"
     return f"{start} {right} {end}", f"{start} {wrong} {end}"
@@ -358,29 +362,28 @@ def verb_form(lex: Lexicon, rng: Random) -> Pair:
     """A modal is followed by a base form, "have" by a participle, "be" by a form in -ing."""
     plural = rng.random() < 0.5
     auxiliaries = {
-        "base": ("will", "can", "should", "must", "could", "did not"),
+        "base": ("will", "would", "should", "must", "could", "did not"),
         "participle": ("had", "have" if plural else "has"),
         "ing": ("were", "are") if plural else ("was", "is"),
     }
-    subject = _person(lex, rng, plural)
-    time = _maybe(rng, rng.choice(lex.times))
-    if rng.random() < 0.25:  # "had taken", "*had took"; "took", "*taken"
-        strong = rng.choice(lex.strong)
-        end = f"{_thing(lex, rng)} {time}"
-        if rng.random() < 0.5:
-            return f"{subject} {strong.past} {end}", f"{subject} {strong.participle} {end}"
-        start = f"{subject} {rng.choice(auxiliaries['participle'])}"
-        return f"{start} {strong.participle} {end}", f"{start} {strong.past} {end}"
-    if rng.random() < 0.3:  # no "be" here: "is fallen" would be an older perfect
-        verb, end = rng.choice(lex.intransitive), time
-        right, wrong = rng.sample(("base", "participle"), 2)
+    strong = rng.random() < 0.25
+    if strong:  # "took", "*taken"; "has taken", "*has took"
+        right, wrong = rng.sample(("past", "participle"), 2)
     else:
-        verb, end = rng.choice(lex.transitive + lex.strong), f"{_thing(lex, rng)} {time}"
         right, wrong = rng.sample(("base", "participle", "ing"), 2)
-    auxiliary = rng.choice(auxiliaries[right])
-    if auxiliary != "did not":
-        auxiliary += f" {_maybe(rng, 'not', 0.15)}"
-    return f"{subject} {auxiliary} {getattr(verb, right)} {end}", f"{subject} {auxiliary} {getattr(verb, wrong)} {end}"
+    auxiliary = rng.choice(auxiliaries.get(right, ("",)))
+    # With a time, "has" is doubtful and "is" means a plan.
+    time = "" if auxiliary in ("have", "has", "are", "is") else _maybe(rng, rng.choice(lex.times))
+    if (
+        not strong and "ing" not in (right, wrong) and rng.random() < 0.5
+    ):  # not with "be": "is gone" is an older perfect
+        verb, end = rng.choice(lex.intransitive), time
+    else:
+        verb, end = rng.choice(lex.strong if strong else lex.transitive + lex.strong), f"{_thing(lex, rng)} {time}"
+    start = f"{_person(lex, rng, plural)} {auxiliary}"
+    if auxiliary not in ("", "did not"):
+        start += f" {_maybe(rng, 'not', 0.15)}"
+    return f"{start} {getattr(verb, right)} {end}", f"{start} {getattr(verb, wrong)} {end}"
 
 
 def word_order(lex: Lexicon, rng: Random) -> Pair:
@@ -400,13 +403,17 @@ def word_order(lex: Lexicon, rng: Random) -> Pair:
             noun, adjective, end = rng.choice(lex.places)[plural], rng.choice(lex.kinds), time
         return f"{start} {adjective} {noun} {end}", f"{start} {noun} {adjective} {end}"
     if variant == "adverb":
-        start, adverb, end = f"{_opening(lex, rng)} {_someone(lex, rng)}", rng.choice(lex.manners), _thing(lex, rng)
+        start, adverb, end = (
+            f"{_opening(lex, rng)} {_someone(lex, rng)}",
+            rng.choice(lex.manners),
+            f"the {rng.choice(lex.things)[plural]}",
+        )
         return f"{start} {adverb} {verb.past} {end} {time}", f"{start} {verb.past} {adverb} {end} {time}"
     if variant == "not":
         start = f"{_opening(lex, rng)} {_person(lex, rng, plural)}"
-        modal, (has, was) = rng.choice(("will", "can", "should")), (("have", "were") if plural else ("has", "was"))
-        doing, end = rng.choice(lex.transitive), f"{_thing(lex, rng)} {time}"
-        auxiliary, form = rng.choice(((modal, doing.base), (has, doing.participle), (was, doing.ing)))
+        modal, was = rng.choice(("will", "could", "should")), ("were" if plural else "was")
+        auxiliary, form = rng.choice(((modal, verb.base), ("had", verb.participle), (was, verb.ing)))
+        end = f"{_thing(lex, rng)} {time}"
         return f"{start} {auxiliary} not {form} {end}", f"{start} not {auxiliary} {form} {end}"
     determiner = rng.choice(("the", "my", "our"))
     rest = f"{_person(lex, rng, True, determiner='')} {action} {time}"
@@ -425,7 +432,7 @@ def pronoun_case(lex: Lexicon, rng: Random) -> Pair:
                 ("", f"{verb} {_person(lex, rng)} {_maybe(rng, time)}"),
                 ("", f"{action} {time}"),
                 (f"{_name(lex, rng)} {rng.choice(lex.saying)} that", f"{action} {_maybe(rng, time)}"),
-                (f"{_person(lex, rng, trait=0)} that", f"{verb} {action} {_maybe(rng, time, 0.2)}"),
+                (f"{_person(lex, rng, trait=0, determiner='the')} that", f"{verb} {action} {_maybe(rng, time, 0.2)}"),
             ]
         )
     else:
@@ -442,7 +449,7 @@ def pronoun_case(lex: Lexicon, rng: Random) -> Pair:
 
 
 def quantifier(lex: Lexicon, rng: Random) -> Pair:
-    """"Many" and "few" go with a countable noun, "much" with a mass noun."""
+    """The quantifiers "many" and "few" go with a countable noun, "much" with a mass noun."""
     countable = rng.random() < 0.5
     noun = f"{_maybe(rng, rng.choice(lex.looks), 0.2)} {rng.choice(lex.things).many}" if countable else ""
     noun = noun or rng.choice(lex.stuff)
@@ -499,7 +506,7 @@ def fillers(split: str) -> frozenset[str]:
 
 
 def _sentence(text: str) -> str:
-    text = " ".join(text.split())
+    text = " ".join(text.split()).replace(" ?", "?")
     return text[0].upper() + text[1:] + ("" if text.endswith("?") else ".")
 
 
@@ -508,6 +515,7 @@ def _rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
         raise ValueError(f"the size of a split must be even, it is made of pairs; got {size}")
     rng = Random(f"{seed} {split}")
     templates = list(PHENOMENA.items())
+    content = fillers(split)
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
     failures = 0
@@ -515,7 +523,8 @@ def _rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
         pair = len(rows) // 2
         phenomenon, template = templates[pair % len(templates)]
         good, bad = (_sentence(text) for text in template(LEXICONS[split], rng))
-        if good in seen or bad in seen or not LENGTH[0] <= len(words(good)) <= LENGTH[1]:
+        used = [word for word in words(good) if word in content]
+        if {good, bad} & seen or len(set(used)) < len(used) or not LENGTH[0] <= len(words(good)) <= LENGTH[1]:
             failures += 1
             if failures > 50 * size + 1000:
                 raise ValueError(f"the templates do not make {size} different sentences")

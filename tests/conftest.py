@@ -1,0 +1,52 @@
+"""Fixtures that the tests share."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
+
+settings.register_profile("diffpeft", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("diffpeft")
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=NO_GPU)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device that tensors can live on here."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_bert() -> Callable[..., BertForSequenceClassification]:
+    """Makes small BERTs of random weights that follow from `seed`; keywords go to their configuration."""
+
+    def make(seed: int = 0, **config: object) -> BertForSequenceClassification:
+        sizes = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+        others = {"num_attention_heads": 2, "max_position_embeddings": 32, "num_labels": 2}
+        torch.manual_seed(seed)
+        return BertForSequenceClassification(BertConfig(**{**sizes, **others, **config}))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def batch() -> Callable[..., dict[str, Tensor]]:
+    """Makes batches for `tiny_bert` that follow from `seed`."""
+
+    def make(size: int = 4, length: int = 8, seed: int = 0) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            "input_ids": torch.randint(100, (size, length), generator=generator),
+            "attention_mask": torch.ones(size, length, dtype=torch.int64),
+            "labels": torch.randint(2, (size,), generator=generator),
+        }
+
+    return make

@@ -1,0 +1,201 @@
+"""Hard-concrete gates: their range, their distribution and the gradients of the effective parameter."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from diffpeft import gates
+
+STRETCHES = [(-1.5, 1.5), (-0.1, 1.1)]
+locations = st.lists(st.floats(-1e4, 1e4, width=32), max_size=20).map(torch.tensor)
+noises = st.floats(gates.NOISE_MARGIN, 1 - gates.NOISE_MARGIN)
+stretches = st.tuples(st.floats(-3, -0.01), st.floats(1.01, 3))
+
+
+def uniform(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * (1 - 2e-4) + 1e-4
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(locations, noises, stretches)
+def test_gates_lie_between_0_and_1_at_any_location(device, log_alpha, noise, stretch):
+    log_alpha = log_alpha.to(device)
+    z = gates.gate(log_alpha, torch.full_like(log_alpha, noise), stretch)
+    assert z.shape == log_alpha.shape
+    assert bool(((z >= 0) & (z <= 1)).all())
+
+
+@given(locations, stretches)
+def test_a_deterministic_gate_is_the_gate_of_the_median_noise(device, log_alpha, stretch):
+    log_alpha = log_alpha.to(device)
+    half = torch.full_like(log_alpha, 0.5)
+    torch.testing.assert_close(gates.gate(log_alpha, None, stretch), gates.gate(log_alpha, half, stretch))
+
+
+@given(st.floats(-8, 8), st.tuples(noises, noises).map(sorted), stretches)
+def test_a_gate_opens_with_its_noise_and_its_location(log_alpha, noise, stretch):
+    low, high = (gates.gate(torch.tensor([log_alpha]), torch.tensor([u]), stretch) for u in noise)
+    further = gates.gate(torch.tensor([log_alpha + 1]), torch.tensor([noise[0]]), stretch)
+    assert low <= high + 1e-5
+    assert low <= further + 1e-5
+
+
+def test_far_gates_are_wide_open_or_shut_whatever_the_noise(device):
+    noise = torch.tensor([gates.NOISE_MARGIN, 1 - gates.NOISE_MARGIN], device=device)
+    for log_alpha, z in ((-1e3, 0.0), (1e3, 1.0)):
+        assert gates.gate(torch.full_like(noise, log_alpha), noise, (-1.5, 1.5)).tolist() == [z, z]
+
+
+@pytest.mark.parametrize("stretch", STRETCHES, ids=str)
+@pytest.mark.parametrize("log_alpha", [-5.0, -2.4, -1.0, 0.0, 1.0, 5.0])
+def test_open_probability_is_the_share_of_gates_that_noise_leaves_open(device, log_alpha, stretch):
+    torch.manual_seed(1)
+    samples = torch.full((100_000,), log_alpha, device=device)
+    share = (gates.gate(samples, gates.sample_noise(samples), stretch) > 0).double().mean().item()
+    probability = gates.open_probability(samples[:1], stretch).item()
+    deviation = math.sqrt(probability * (1 - probability) / len(samples))
+    assert abs(share - probability) <= 4 * deviation + gates.NOISE_MARGIN
+
+
+@given(st.floats(-8, 8), stretches)
+def test_expected_l0_of_open_group_gates_is_that_of_the_elements(log_alpha, stretch):
+    elements, far = torch.full((7,), log_alpha), torch.full((1,), 1e3)
+    alone = gates.expected_l0(elements, None, stretch)
+    torch.testing.assert_close(gates.expected_l0(elements, far, stretch, "product"), alone)
+    torch.testing.assert_close(gates.expected_l0(elements, far, stretch, "additive"), alone + 1)
+
+
+def test_noise_lies_within_its_margin_and_is_uniform(device):
+    torch.manual_seed(0)
+    noise = gates.sample_noise(torch.empty(100_000, device=device))
+    assert noise.dtype == torch.float32 and noise.device.type == device
+    assert gates.NOISE_MARGIN * 0.999 <= noise.min() and noise.max() <= 1 - gates.NOISE_MARGIN * 0.999
+    shares = torch.histc(noise, bins=10, min=0, max=1) / len(noise)
+    torch.testing.assert_close(shares, torch.full_like(shares, 0.1), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0), (3, 5)], ids=str)
+def test_noise_has_the_shape_of_the_gates(device, shape):
+    assert gates.sample_noise(torch.empty(shape, device=device)).shape == shape
+
+
+def test_noise_is_fp32_beside_gates_of_any_dtype(device):
+    assert gates.sample_noise(torch.empty(3, dtype=torch.bfloat16, device=device)).dtype == torch.float32
+
+
+def test_noise_follows_from_torchs_seed_alone(device):
+    like = torch.empty(50, device=device)
+    torch.manual_seed(3)
+    first, second = gates.sample_noise(like), gates.sample_noise(like)
+    torch.manual_seed(3)
+    again = gates.sample_noise(like)
+    torch.manual_seed(4)
+    other = gates.sample_noise(like)
+    assert torch.equal(first, again)
+    assert not torch.isclose(first, second).any() and not torch.isclose(first, other).all()
+
+
+def test_noise_goes_on_from_a_restored_generator():
+    like = torch.empty(50)
+    gates.sample_noise(like)
+    state = torch.get_rng_state()
+    expected = gates.sample_noise(like)
+    torch.set_rng_state(state)
+    assert torch.equal(gates.sample_noise(like), expected)
+
+
+def plain_effective(
+    base: Tensor,
+    w: Tensor,
+    log_alpha: Tensor,
+    group_log_alpha: Tensor | None,
+    stretch: tuple[float, float],
+    noise: Tensor | None,
+    group_noise: Tensor | None,
+) -> Tensor:
+    """The effective parameter in float64, one autograd operation after the other."""
+
+    def z(location: Tensor, u: Tensor | None) -> Tensor:
+        u = torch.full_like(location, 0.5) if u is None else u.double()
+        s = torch.sigmoid(torch.log(u) - torch.log(1 - u) + location)
+        return torch.clamp(s * (stretch[1] - stretch[0]) + stretch[0], 0, 1)
+
+    delta = z(log_alpha, noise) * w
+    return base.double() + (delta if group_log_alpha is None else z(group_log_alpha, group_noise) * delta)
+
+
+TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (8e-3, 1e-5), torch.float16: (1e-3, 1e-5)}
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a small tensor be worked on in several pieces, the last one smaller."""
+    monkeypatch.setattr(gates, "PIECE", 16)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "deterministic"])
+@pytest.mark.parametrize("structured", [True, False], ids=["structured", "unstructured"])
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0), (1,), (3, 5), (4, 3, 3)], ids=str)
+def test_effective_parameter_and_gradients_are_those_of_plain_autograd(device, shape, structured, sampled, dtype):
+    for stretch in STRETCHES:
+        base = normal(*shape, seed=1).to(device, dtype)
+        leaves = [normal(*shape, seed=2), normal(*shape, seed=3), *([normal(1, seed=4) / 4] if structured else [])]
+        noise = uniform(*shape, seed=5).to(device) if sampled else None
+        group_noise = torch.full((1,), 0.45, device=device) if sampled and structured else None
+        upstream = normal(*shape, seed=6).to(device, dtype)
+
+        ours = [leaf.to(device).requires_grad_() for leaf in leaves]
+        effective = gates.gated_parameter(base, *ours, *([] if structured else [None]), stretch, noise, group_noise)
+        effective.backward(upstream)
+        plain = [leaf.double().to(device).requires_grad_() for leaf in leaves]
+        expected = plain_effective(base, *plain, *([] if structured else [None]), stretch, noise, group_noise)
+        expected.backward(upstream.double())
+
+        assert effective.dtype == dtype and effective.shape == shape
+        rtol, atol = TOLERANCES[dtype]
+        torch.testing.assert_close(effective.double(), expected, rtol=rtol, atol=atol)
+        for leaf, other in zip(ours, plain, strict=True):
+            assert leaf.grad.dtype == torch.float32
+            torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("which", ["base", "w", "log_alpha", "noise", "upstream"])
+def test_memory_layout_does_not_matter(device, which):
+    def run(**layout: torch.memory_format) -> list[Tensor]:
+        names = ("base", "w", "log_alpha", "noise", "upstream")
+        made = {name: normal(2, 3, 3, 3, seed=seed).to(device) for seed, name in enumerate(names)}
+        made["noise"] = torch.sigmoid(made["noise"])
+        made = {n: t.contiguous(memory_format=layout.get(n, torch.contiguous_format)) for n, t in made.items()}
+        w, log_alpha = made["w"].requires_grad_(), made["log_alpha"].requires_grad_()
+        effective = gates.gated_parameter(made["base"], w, log_alpha, None, (-1.5, 1.5), made["noise"])
+        effective.backward(made["upstream"])
+        return [effective.detach(), w.grad, log_alpha.grad]
+
+    for actual, expected in zip(run(**{which: torch.channels_last}), run(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_gradients_of_a_sum_arrive_expanded(device):
+    w = normal(5, 5).to(device).requires_grad_()
+    open_wide = torch.full((5, 5), 50.0, device=device)
+    gates.gated_parameter(torch.zeros_like(w), w, open_wide, None, (-1.5, 1.5)).sum().backward()
+    assert torch.equal(w.grad, torch.ones_like(w))
+
+
+def test_the_pretrained_parameter_receives_no_gradient_and_stays(device):
+    base = normal(4).to(device).requires_grad_()
+    before = base.detach().clone()
+    w, log_alpha = normal(4, seed=1).to(device).requires_grad_(), normal(4, seed=2).to(device).requires_grad_()
+    gates.gated_parameter(base, w, log_alpha, None, (-1.5, 1.5)).sum().backward()
+    assert base.grad is None and torch.equal(base, before)
