@@ -170,6 +170,8 @@ def test_automatic_step_reaches_what_is_wanted_within_2_percent(device, structur
     set_random_gradients(groups, 1e-3, seed=1)
     if step:
         set_random_moments(groups, seed=2)
+    for gates in all_gates(groups):  # the task wants every gate open, so that the pull alone closes any
+        gates.grad.abs_().neg_(), gates.exp_avg.abs_().neg_()
     for group in groups if structured else []:
         group.whole.log_alpha.fill_(20.0)  # far from closing, so that the elements alone decide
     expected = gate_update.expected_nonzeros(groups, STRETCH)
@@ -222,6 +224,7 @@ def test_gating_ends_at_the_target_with_the_gates_of_largest_gain_open():
     assert automatic_steps(groups, steps=100, target=50) == pytest.approx(50, rel=0.1)
     by_gain = open_probability(locations(groups), STRETCH)[gain.argsort(descending=True)]
     assert bool((by_gain[1:] <= by_gain[:-1] + 1e-4).all())
+    print(by_gain[::10][:16])
     assert by_gain[40] > 0.9 and by_gain[60] < 0.1
 
 

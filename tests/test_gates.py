@@ -128,7 +128,9 @@ def plain_effective(
         return torch.clamp(s * (stretch[1] - stretch[0]) + stretch[0], 0, 1)
 
     delta = z(log_alpha, noise) * w
-    return base.double() + (delta if group_log_alpha is None else z(group_log_alpha, group_noise) * delta)
+    if group_log_alpha is not None:
+        delta = delta * z(group_log_alpha, group_noise).squeeze()
+    return base.double() + delta
 
 
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (8e-3, 1e-5), torch.float16: (1e-3, 1e-5)}
@@ -147,25 +149,25 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0), (1,), (3, 5), (4, 3, 3)], ids=str)
 def test_effective_parameter_and_gradients_are_those_of_plain_autograd(device, shape, structured, sampled, dtype):
     for stretch in STRETCHES:
-        base = normal(*shape, seed=1).to(device, dtype)
-        leaves = [normal(*shape, seed=2), normal(*shape, seed=3), *([normal(1, seed=4) / 4] if structured else [])]
+        base, upstream = normal(*shape, seed=1).to(device, dtype), normal(*shape, seed=6).to(device, dtype)
+        leaves = [normal(*shape, seed=2), normal(*shape, seed=3), normal(1, seed=4) / 4 if structured else None]
         noise = uniform(*shape, seed=5).to(device) if sampled else None
         group_noise = torch.full((1,), 0.45, device=device) if sampled and structured else None
-        upstream = normal(*shape, seed=6).to(device, dtype)
 
-        ours = [leaf.to(device).requires_grad_() for leaf in leaves]
-        effective = gates.gated_parameter(base, *ours, *([] if structured else [None]), stretch, noise, group_noise)
-        effective.backward(upstream)
-        plain = [leaf.double().to(device).requires_grad_() for leaf in leaves]
-        expected = plain_effective(base, *plain, *([] if structured else [None]), stretch, noise, group_noise)
-        expected.backward(upstream.double())
+        def run(function, precision, base, upstream, leaves=leaves, settings=(stretch, noise, group_noise)):
+            mine = [None if t is None else t.to(device, precision, copy=True).requires_grad_() for t in leaves]
+            effective = function(base, *mine, *settings)
+            effective.backward(upstream)
+            return effective, [leaf.grad for leaf in mine if leaf is not None]
 
-        assert effective.dtype == dtype and effective.shape == shape
+        actual, grads = run(gates.gated_parameter, torch.float32, base, upstream)
+        expected, expected_grads = run(plain_effective, torch.float64, base, upstream.double())
+        assert actual.dtype == dtype and actual.shape == shape
         rtol, atol = TOLERANCES[dtype]
-        torch.testing.assert_close(effective.double(), expected, rtol=rtol, atol=atol)
-        for leaf, other in zip(ours, plain, strict=True):
-            assert leaf.grad.dtype == torch.float32
-            torch.testing.assert_close(leaf.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol)
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            assert grad.dtype == torch.float32
+            torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("small_pieces")
