@@ -155,7 +155,7 @@ def automatic_step(
     correction = 1 - BETAS[0] ** (step + 1), 1 - BETAS[1] ** (step + 1)
     pull = _solve(groups, correction, pace, stretch, wanted / expected)
     for group in groups:
-        if group.whole is not None:
+        if group.whole is not None and group.elements.log_alpha.numel():
             # The paper's product would pull on a group with the sum over its elements and shut whole tensors first.
             # Its mean over the elements makes elements decide first; a group goes when nothing in it is worth a pull.
             share = pull * open_probability(group.elements.log_alpha, stretch).mean()
@@ -176,7 +176,7 @@ def _solve(
     stride = max(1, sum(group.elements.log_alpha.numel() for group in groups) // SAMPLE)
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for group in groups:
-        log_alpha, grad, exp_avg, exp_avg_sq = (tensor.view(-1)[::stride] for tensor in group.elements)
+        log_alpha, grad, exp_avg, exp_avg_sq = (tensor.reshape(-1)[::stride] for tensor in group.elements)
         mean = torch.lerp(exp_avg, grad, 1 - BETAS[0]).div_(correction[0])
         square = (exp_avg_sq * BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1]).div_(correction[1])
         whole = torch.ones_like(log_alpha)

@@ -26,10 +26,15 @@ PIECE = 1 << 17
 
 
 def pieces(*tensors: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors, all of one size, as flat slices of PIECE elements; whole on a GPU, where launches cost more."""
-    flat = [tensor.reshape(-1) for tensor in tensors if tensor is not None]
-    size = PIECE if flat[0].device.type == "cpu" else max(1, flat[0].numel())
-    return zip(*(torch.split(tensor, size) for tensor in flat), strict=True)
+    """The tensors, all of one shape, as flat views of PIECE elements each, to read and to write.
+
+    Whole on a GPU, where launches cost more than memory traffic, and where a tensor has no flat view (channels_last).
+    """
+    present = tuple(tensor for tensor in tensors if tensor is not None)
+    first = present[0]
+    if first.device.type != "cpu" or first.numel() <= PIECE or not all(t.is_contiguous() for t in present):
+        return iter((present,))
+    return zip(*(torch.split(tensor.view(-1), PIECE) for tensor in present), strict=True)
 
 
 def sample_noise(like: Tensor) -> Tensor:
@@ -102,7 +107,7 @@ class _GatedParameter(torch.autograd.Function):
     ) -> Tensor:
         group_s = group_z = None
         if group_log_alpha is not None:
-            group_s = binary_concrete(group_log_alpha, group_noise)
+            group_s = binary_concrete(group_log_alpha, group_noise).reshape(())
             group_z = stretch_and_clamp(group_s, stretch)
         s, effective = torch.empty_like(w), torch.empty_like(w)
         for piece in pieces(base, w, log_alpha, s, effective, noise):
@@ -124,12 +129,12 @@ class _GatedParameter(torch.autograd.Function):
             z = stretch_and_clamp(s_, ctx.stretch)
             by_delta = g
             if grad_group is not None:
-                grad_group += torch.dot(g * z, w_)
+                grad_group += (z * w_).mul_(g).sum()
                 by_delta = g * group_z
             torch.mul(z, by_delta, out=out_w)
             torch.mul(gate_slope(s_, ctx.stretch).mul_(w_), by_delta, out=out_log_alpha)
         if grad_group is not None:
-            grad_group *= gate_slope(group_s, ctx.stretch)
+            grad_group = (grad_group * gate_slope(group_s, ctx.stretch)).reshape(1)
         return None, grad_w, grad_log_alpha, grad_group, None, None, None
 
 

@@ -246,7 +246,7 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
             delta = gates.gate(self._tensor("diffpruning_log_alpha", adapter_name, name), None, stretch).mul_(w)
             if name in self.diffpruning_group_log_alpha[adapter_name]:
                 group_log_alpha = self._tensor("diffpruning_group_log_alpha", adapter_name, name)
-                delta.mul_(gates.gate(group_log_alpha, None, stretch))
+                delta.mul_(gates.gate(group_log_alpha, None, stretch).reshape(()))
             return delta
 
     def _with_adapter(self, parameter: Tensor, adapter_name: str, name: str) -> Tensor:

@@ -201,6 +201,11 @@ class DiffPruningModel(BaseTuner):
         """Parameters of the base model, adapted or not, tied ones once, heads in `modules_to_save` not counted."""
         return sum(parameter.numel() for _, parameter in self._base_parameters())
 
+    def adapted_parameters(self, adapter_name: str | None = None) -> dict[str, int]:
+        """Number of elements of every parameter that the adapter covers, by its name in the base model."""
+        layers = self._layers(self._name(adapter_name))
+        return {layer.parameter_key(n): p.numel() for layer in layers for n, p in layer.own_parameters().items()}
+
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """The gates' moments, by name in the PeftModel. They follow from gradients that are equal on all ranks;
@@ -408,7 +413,9 @@ class DiffPruningModel(BaseTuner):
             raise ValueError(f"there are no diff-pruning tensors in what is to be loaded into adapter {adapter_name!r}")
         layers = [m for m in model.modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)]
         if any(adapter_name in layer.merged_adapters for layer in layers):
-            raise ValueError(f"adapter {adapter_name!r} is merged into the base model; unmerge it before loading over it")
+            raise ValueError(
+                f"adapter {adapter_name!r} is merged into the base model; unmerge it before loading over it"
+            )
         if any(f".{VALUES}." in key for key in mine):
             config.nnz_pattern = {}
             for layer in layers:

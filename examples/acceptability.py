@@ -32,9 +32,9 @@ def _words(entries: str) -> tuple[str, ...]:
 FUNCTION_WORDS = frozenset(
     _words(
         """
-        all and any as both each every few how many much no several so that the these this those too
-        i me he him she her they them we us my our their himself herself themselves
-        is are was were has have had do does did will would can could should must
+        all and any as every few how many much no one ones several so that the there these this those too
+        i me he him she her it they them we us my our their himself herself themselves
+        be been being is are was were has have had do does did will would can could should must
         not ever neither what when where why who near behind beside for in on after before during
         """
     )
@@ -43,11 +43,15 @@ FUNCTION_WORDS = frozenset(
 
 
 class Noun(NamedTuple):
+    """The forms of a noun."""
+
     one: str
     many: str
 
 
 class Verb(NamedTuple):
+    """The forms of a verb."""
+
     base: str
     third: str
     past: str
@@ -113,6 +117,8 @@ class Lexicon:
     """Things people do to a thing, the past unlike the participle."""
     getting: tuple[Verb, ...]
     """Things people do to an amount of something."""
+    giving: tuple[Verb, ...]
+    """Things people do to someone and a thing."""
     social: tuple[Verb, ...]
     """Things people do to people."""
     reflexive: tuple[Verb, ...]
@@ -151,9 +157,10 @@ LEXICONS = {
         transitive=_verbs("bury grab remove repair display bring/brought/brought store destroy mention ruin"),
         strong=_verbs("take/took/taken shake/shook/shaken draw/drew/drawn choose/chose/chosen"),
         getting=_verbs("bring/brought/brought take/took/taken send/sent/sent carry sell/sold/sold"),
+        giving=_verbs("bring/brought/brought send/sent/sent sell/sold/sold promise"),
         social=_verbs("admire thank help follow meet/met/met call"),
         reflexive=_verbs("praise blame introduce admire"),
-        saying=_words("said thought"),
+        saying=_words("said reported"),
         knowing=_words("knew discovered remembered"),
         traits=_words("tall old young famous clever friendly"),
         looks=_words("heavy new red expensive small"),
@@ -176,9 +183,10 @@ LEXICONS = {
         transitive=_verbs("reject purchase damage replace fetch obtain examine locate inspect describe"),
         strong=_verbs("hide/hid/hidden break/broke/broken steal/stole/stolen throw/threw/thrown"),
         getting=_verbs("buy/bought/bought fetch purchase find/found/found obtain"),
+        giving=_verbs("buy/bought/bought give/gave/given lend/lent/lent offer"),
         social=_verbs("greet invite watch protect chase visit"),
         reflexive=_verbs("criticize defend respect describe"),
-        saying=_words("claimed believed"),
+        saying=_words("claimed announced"),
         knowing=_words("learned forgot explained"),
         traits=_words("polite wealthy cheerful honest short lazy"),
         looks=_words("large blue cheap dusty green"),
@@ -187,11 +195,17 @@ LEXICONS = {
     ),
 }
 
+DETERMINERS = {
+    "one": ("this", "this", "that", "that", "every"),
+    "many": ("these", "these", "those", "those", "several"),
+}
+"""Determiners that show number."""
+
 Pair = tuple[str, str]
 """An acceptable and an unacceptable sentence, as yet without capital and full stop."""
 
 
-def _maybe(rng: Random, text: str, chance: float = 0.4) -> str:
+def _maybe(rng: Random, text: str, chance: float = 0.3) -> str:
     return text if rng.random() < chance else ""
 
 
@@ -205,7 +219,7 @@ def _name(lex: Lexicon, rng: Random) -> str:
     return rng.choice(lex.women_names + lex.men_names)
 
 
-def _person(lex: Lexicon, rng: Random, plural: bool = False, trait: float = 0.3, determiner: str | None = None) -> str:
+def _person(lex: Lexicon, rng: Random, plural: bool = False, trait: float = 0.25, determiner: str | None = None) -> str:
     """A noun phrase like "the tall baker"."""
     determiner = rng.choice(("the", "the", "the", "my", "our", "their")) if determiner is None else determiner
     noun = rng.choice(lex.people + lex.women + lex.men)
@@ -222,7 +236,7 @@ def _thing(lex: Lexicon, rng: Random, plural: bool | None = None) -> str:
     return f"the {_maybe(rng, rng.choice(lex.looks), 0.25)} {noun}"
 
 
-def _opening(lex: Lexicon, rng: Random, chance: float = 0.2) -> str:
+def _opening(lex: Lexicon, rng: Random, chance: float = 0.15) -> str:
     """Sometimes "Maria said that", which leaves the rest as acceptable as it was."""
     return _maybe(rng, f"{_name(lex, rng)} {rng.choice(lex.saying)} that", chance)
 
@@ -235,23 +249,33 @@ def agreement(lex: Lexicon, rng: Random) -> Pair:
     """The verb agrees with its subject, not with a noun between them."""
     plural = rng.random() < 0.5
     other = plural if rng.random() < 0.25 else not plural
-    subject = f"{_opening(lex, rng, 0.15)} {_person(lex, rng, plural, trait=0.2)}"
-    between = rng.choice(("nothing", "prepositional", "relative"))
-    if between == "prepositional":
+    determiner = rng.choice((None, *(("these", "these", "several") if plural else ("this", "this", "every"))))
+    subject = _person(lex, rng, plural, trait=0.15, determiner=determiner)
+    kind = rng.choice((*["pronoun"] * 4, "noun", "noun", "prepositional", "relative"))
+    if kind == "pronoun":
+        subject = rng.choice(("they", "we") if plural else ("he", "she"))
+    elif kind == "prepositional":
         subject += f" {_beside(rng)} the {rng.choice(lex.places)[other]}"
-    elif between == "relative":
-        relative = f"that {_person(lex, rng, other, trait=0)} {rng.choice(lex.social).past}"
-        subject = f"{_person(lex, rng, plural, trait=0.2, determiner='the')} {relative}"
-    time = rng.choice(lex.times)
+    elif kind == "relative":
+        subject = f"{_person(lex, rng, plural, trait=0, determiner=determiner or 'the')} that"
+        subject += f" {_person(lex, rng, other, trait=0, determiner='the')} {rng.choice(lex.social).past}"
+    if kind != "relative":
+        subject = f"{_opening(lex, rng)} {subject}"
+    time, place = rng.choice(lex.times), f"{_beside(rng)} the {rng.choice(lex.places)[other]}"
+    if kind == "prepositional":
+        place = rng.choice(lex.traits)
     verb = rng.choice(lex.intransitive)
+    negation = _maybe(rng, "not", 0 if determiner == "every" else 0.3)
     one, many, rest = rng.choice(
         [
-            (verb.third, verb.base, time),
-            ("does", "do", f"not {verb.base} {_maybe(rng, time)}"),
-            ("has", "have", verb.participle),
-            ("is", "are", verb.ing),
-            ("was", "were", f"{verb.ing} {_maybe(rng, time)}"),
-            (*rng.choice((("is", "are"), ("was", "were"))), rng.choice(lex.traits)),
+            ("is", "are", f"{negation} {verb.ing}"),
+            ("is", "are", f"{negation} {rng.choice(lex.traits)}"),
+            ("is", "are", f"{negation} {place}"),
+            ("was", "were", f"{verb.ing} {time}"),
+            ("was", "were", f"{negation} {rng.choice(lex.traits)}"),
+            ("was", "were", f"{negation} {place}"),
+            ("has", "have", f"{negation} {verb.participle}"),
+            rng.choice([("does", "do", f"not {verb.base}"), (verb.third, verb.base, time)]),
         ]
     )
     right, wrong = (many, one) if plural else (one, many)
@@ -259,37 +283,48 @@ def agreement(lex: Lexicon, rng: Random) -> Pair:
 
 
 def determiner_noun(lex: Lexicon, rng: Random) -> Pair:
-    """A determiner and its noun agree in number, an adjective between them or not."""
-    determiners = {"one": ("this", "that", "each", "every"), "many": ("these", "those", "several", "both")}
+    """A determiner and its noun, or "one", agree in number, an adjective between them or not."""
     plural = rng.random() < 0.5
-    time = rng.choice(lex.times)
-    if rng.random() < 0.6:
-        noun, adjective = rng.choice(lex.things), _maybe(rng, rng.choice(lex.looks), 0.4)
-        before, after = f"{_someone(lex, rng)} {rng.choice(lex.transitive + lex.strong).past}", _maybe(rng, time, 0.6)
-    else:
-        noun, adjective = rng.choice(lex.people + lex.women + lex.men), _maybe(rng, rng.choice(lex.traits), 0.4)
-        before, after = "", f"{rng.choice(lex.transitive).past} {_thing(lex, rng)}"
-        if rng.random() < 0.5:
-            after = f"{rng.choice(lex.intransitive).past} {time}"
-    right, wrong = _swap(rng, determiners, "many" if plural else "one")
-    good = f"{before} {right} {adjective} {noun[plural]} {after}"
+    right, wrong = _swap(rng, DETERMINERS, "many" if plural else "one")
+    start = f"{_someone(lex, rng)} {rng.choice(lex.transitive + lex.strong).past}"
+    time, look = rng.choice(lex.times), rng.choice(lex.looks)
+    variant = rng.choice(("subject", "subject", "subject", "pronoun", "pronoun", "object"))
+    if variant == "subject":
+        thing = rng.random() < 0.5
+        noun = rng.choice(lex.things if thing else lex.people + lex.women + lex.men)[plural]
+        verb, be = rng.choice(lex.intransitive), ("are", "were") if plural else ("is", "was")
+        predicates = [look, f"{_beside(rng)} the {rng.choice(lex.places).one}"]
+        if not thing:
+            predicates = [rng.choice(lex.traits), verb.ing]
+        end = f"{rng.choice(be)} {rng.choice(predicates)}"
+        return f"{right} {noun} {end}", f"{wrong} {noun} {end}"
+    if variant == "pronoun":
+        end = f"{look} {'ones' if plural else 'one'} {_maybe(rng, time)}"
+        return f"{start} {right} {end}", f"{start} {wrong} {end}"
+    forms, adjective, end = rng.choice(lex.things), _maybe(rng, look), _maybe(rng, time)
+    good = f"{start} {right} {adjective} {forms[plural]} {end}"
     if rng.random() < 0.5:
-        return good, f"{before} {wrong} {adjective} {noun[plural]} {after}"
-    return good, f"{before} {right} {adjective} {noun[not plural]} {after}"
+        return good, f"{start} {wrong} {adjective} {forms[plural]} {end}"
+    return good, f"{start} {right} {adjective} {forms[not plural]} {end}"
 
 
 def reflexive(lex: Lexicon, rng: Random) -> Pair:
     """A reflexive agrees with the subject of its own clause."""
     subjects = {
-        "himself": (f"the {rng.choice(lex.men).one}", f"my {rng.choice(lex.men).one}", rng.choice(lex.men_names)),
-        "herself": (f"the {rng.choice(lex.women).one}", f"my {rng.choice(lex.women).one}", rng.choice(lex.women_names)),
-        "themselves": (_person(lex, rng, True), f"the {rng.choice(lex.women).many}", f"the {rng.choice(lex.men).many}"),
+        "himself": ("he", f"the {rng.choice(lex.men).one}", rng.choice(lex.men_names)),
+        "herself": ("she", f"the {rng.choice(lex.women).one}", rng.choice(lex.women_names)),
+        "themselves": ("they", f"the {rng.choice(lex.people).many}", _person(lex, rng, True)),
     }
     right, wrong = rng.sample(list(subjects), 2)
-    subject = rng.choice(subjects[right])
-    if " " in subject and rng.random() < 0.35:
-        subject += f" {_beside(rng)} {rng.choice(subjects[wrong])}"
-    start = f"{_opening(lex, rng)} {subject} {rng.choice(lex.reflexive).past}"
+    pronoun, *nouns = subjects[right]
+    subject = pronoun if rng.random() < 0.75 else rng.choice(nouns)
+    if " " in subject and rng.random() < 0.25:
+        subject += f" {_beside(rng)} {rng.choice(subjects[wrong][1:])}"
+    else:
+        subject = f"{_opening(lex, rng, 0.2)} {subject}"
+    tenses = (("", "past"), ("", "past"), ("would", "base"), ("should", "base"), ("had", "participle"))
+    auxiliary, form = rng.choice(tenses)
+    start = f"{subject} {auxiliary} {getattr(rng.choice(lex.reflexive), form)}"
     end = _maybe(rng, rng.choice(lex.times), 0.5)
     return f"{start} {right} {end}", f"{start} {wrong} {end}"
 
@@ -321,17 +356,27 @@ def inversion(lex: Lexicon, rng: Random) -> Pair:
 
 
 def argument_structure(lex: Lexicon, rng: Random) -> Pair:
-    """An intransitive verb takes no object, a transitive one needs its object."""
-    tenses = (("", "past"), ("", "past"), ("will", "base"), ("must", "base"), ("had", "participle"))
-    auxiliary, form = rng.choice(tenses)
+    """A verb has the objects that it takes, once each, and the recipient first."""
+    subject, time = _someone(lex, rng), rng.choice(lex.times)
+    auxiliary, form = rng.choice((("", "past"), ("", "past"), ("would", "base"), ("had", "participle")))
+    variant = rng.choice((*["recipient"] * 3, *["clause"] * 3, "transitive"))
+    if variant == "recipient":
+        start = f"{_opening(lex, rng)} {subject} {auxiliary} {getattr(rng.choice(lex.giving), form)}"
+        recipient, thing, end = rng.choice(("me", "him", "her", "them", "us")), _thing(lex, rng), _maybe(rng, time)
+        return f"{start} {recipient} {thing} {end}", f"{start} {thing} {recipient} {end}"
+    if variant == "clause":  # "knew what she had repaired", "*knew what she had repaired it"
+        inner = rng.choice(("he", "she", "they", "we", "I", _person(lex, rng, rng.random() < 0.4, trait=0)))
+        before, after = f"{subject} {rng.choice(lex.knowing)}", f"{inner} had {rng.choice(lex.transitive).participle}"
+        if rng.random() < 0.5:
+            return f"{before} what {after}", f"{before} that {after}"
+        thing = rng.choice(("it", "them", _thing(lex, rng)))
+        return f"{before} that {after} {thing}", f"{before} what {after} {thing}"
+    start = f"{subject} {auxiliary}"
     with_object, without = (getattr(rng.choice(verbs), form) for verbs in (lex.transitive, lex.intransitive))
-    start = f"{_opening(lex, rng)} {_someone(lex, rng)} {auxiliary}"
-    time = rng.choice(lex.times)
     if rng.random() < 0.5:
         end = f"{_thing(lex, rng)} {_maybe(rng, time)}"
         return f"{start} {with_object} {end}", f"{start} {without} {end}"
-    end = _maybe(rng, time, 0.75)
-    return f"{start} {without} {end}", f"{start} {with_object} {end}"
+    return f"{start} {without} {time}", f"{start} {with_object} {time}"
 
 
 def polarity(lex: Lexicon, rng: Random) -> Pair:
@@ -361,22 +406,32 @@ def polarity(lex: Lexicon, rng: Random) -> Pair:
 def verb_form(lex: Lexicon, rng: Random) -> Pair:
     """A modal is followed by a base form, "have" by a participle, "be" by a form in -ing."""
     plural = rng.random() < 0.5
+    if rng.random() < 0.5:  # "has been repaired", "*has being repaired"
+        passive = {
+            "be": ("will", "can", "should", "must"),
+            "been": ("had", "have" if plural else "has"),
+            "being": ("were", "are") if plural else ("was", "is"),
+        }
+        good, bad = rng.sample(list(passive), 2)
+        start = f"the {_maybe(rng, rng.choice(lex.looks))} {rng.choice(lex.things)[plural]} {rng.choice(passive[good])}"
+        end = rng.choice(lex.transitive + lex.strong).participle
+        return f"{start} {good} {end}", f"{start} {bad} {end}"
     auxiliaries = {
         "base": ("will", "would", "should", "must", "could", "did not"),
         "participle": ("had", "have" if plural else "has"),
         "ing": ("were", "are") if plural else ("was", "is"),
     }
-    strong = rng.random() < 0.25
+    strong = rng.random() < 0.15
     if strong:  # "took", "*taken"; "has taken", "*has took"
         right, wrong = rng.sample(("past", "participle"), 2)
     else:
-        right, wrong = rng.sample(("base", "participle", "ing"), 2)
+        other = rng.choice(("base", "participle"))
+        right, wrong = rng.sample((other, rng.choice(("ing", "ing", "participle" if other == "base" else "base"))), 2)
     auxiliary = rng.choice(auxiliaries.get(right, ("",)))
     # With a time, "has" is doubtful and "is" means a plan.
     time = "" if auxiliary in ("have", "has", "are", "is") else _maybe(rng, rng.choice(lex.times))
-    if (
-        not strong and "ing" not in (right, wrong) and rng.random() < 0.5
-    ):  # not with "be": "is gone" is an older perfect
+    # Nor an intransitive participle with "be": "is gone" is an older perfect.
+    if not strong and "ing" not in (right, wrong) and rng.random() < 0.3:
         verb, end = rng.choice(lex.intransitive), time
     else:
         verb, end = rng.choice(lex.strong if strong else lex.transitive + lex.strong), f"{_thing(lex, rng)} {time}"
@@ -432,7 +487,7 @@ def pronoun_case(lex: Lexicon, rng: Random) -> Pair:
                 ("", f"{verb} {_person(lex, rng)} {_maybe(rng, time)}"),
                 ("", f"{action} {time}"),
                 (f"{_name(lex, rng)} {rng.choice(lex.saying)} that", f"{action} {_maybe(rng, time)}"),
-                (f"{_person(lex, rng, trait=0, determiner='the')} that", f"{verb} {action} {_maybe(rng, time, 0.2)}"),
+                (f"{_person(lex, rng, trait=0, determiner='the')} that", f"{verb} {action}"),
             ]
         )
     else:
@@ -454,17 +509,26 @@ def quantifier(lex: Lexicon, rng: Random) -> Pair:
     noun = f"{_maybe(rng, rng.choice(lex.looks), 0.2)} {rng.choice(lex.things).many}" if countable else ""
     noun = noun or rng.choice(lex.stuff)
     verb, subject, time = rng.choice(lex.getting), _someone(lex, rng), _maybe(rng, rng.choice(lex.times))
-    frame = rng.choice(("too", "so", "as", "how", "not"))
+    be = rng.choice(("are", "were") if countable else ("is", "was"))
+    frame = rng.choice(("too", "so", "how", "how", "not", "as"))
     few = ("many", "few") if frame in ("too", "so") else ("many",)
     right, wrong = _swap(rng, {"count": few, "mass": ("much",)}, "count" if countable else "mass")
+    there = rng.random() < 0.8
+    place = f"{_beside(rng)} the {rng.choice(lex.places).one}"
     if frame == "how":
         before, after = "how", f"{noun} {rng.choice(('did', 'will', 'can'))} {subject} {verb.base} {time}?"
+        if there:
+            after = f"{noun} {be} there {place}?"
+    elif frame == "as" and not there:
+        before, after = f"{subject} {verb.past} as", f"{noun} as {_person(lex, rng)}"
+    elif there:
+        before, after = f"{_opening(lex, rng)} there {be} {frame}", f"{noun} {_maybe(rng, place, 0.8)}"
+        if frame == "as":
+            after = f"{noun} {place} as {_beside(rng)} the {rng.choice(lex.places).one}"
     elif frame == "not":
         before, after = f"{subject} {rng.choice(('did', 'will'))} not {verb.base}", f"{noun} {time}"
-    elif frame == "as":
-        before, after = f"{subject} {verb.past} as", f"{noun} as {_person(lex, rng)}"
     else:
-        before, after = f"{_opening(lex, rng)} {subject} {verb.past} {frame}", f"{noun} {time}"
+        before, after = f"{subject} {verb.past} {frame}", f"{noun} {time}"
     return f"{before} {right} {after}", f"{before} {wrong} {after}"
 
 
@@ -548,6 +612,7 @@ def make_split(
 
 
 def main() -> None:
+    """Print twenty samples: label, phenomenon, sentence."""
     train, _ = make_split()
     for row in train[:20]:
         print(f"{row['label']}  {row['phenomenon']:<19} {row['sentence']}")

@@ -1,6 +1,8 @@
 """Hard-concrete gates: their range, their distribution and the gradients of the effective parameter."""
 
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -75,8 +77,10 @@ def test_expected_l0_of_open_group_gates_is_that_of_the_elements(log_alpha, stre
 def test_noise_lies_within_its_margin_and_is_uniform(device):
     torch.manual_seed(0)
     noise = gates.sample_noise(torch.empty(100_000, device=device))
-    assert noise.dtype == torch.float32 and noise.device.type == device
-    assert gates.NOISE_MARGIN * 0.999 <= noise.min() and noise.max() <= 1 - gates.NOISE_MARGIN * 0.999
+    assert noise.dtype == torch.float32
+    assert noise.device.type == device
+    assert float(noise.min()) >= gates.NOISE_MARGIN * 0.999
+    assert float(noise.max()) <= 1 - gates.NOISE_MARGIN * 0.999
     shares = torch.histc(noise, bins=10, min=0, max=1) / len(noise)
     torch.testing.assert_close(shares, torch.full_like(shares, 0.1), rtol=0, atol=5e-3)
 
@@ -99,7 +103,8 @@ def test_noise_follows_from_torchs_seed_alone(device):
     torch.manual_seed(4)
     other = gates.sample_noise(like)
     assert torch.equal(first, again)
-    assert not torch.isclose(first, second).any() and not torch.isclose(first, other).all()
+    assert not torch.isclose(first, second).any()
+    assert not torch.isclose(first, other).all()
 
 
 def test_noise_goes_on_from_a_restored_generator():
@@ -133,7 +138,18 @@ def plain_effective(
     return base.double() + delta
 
 
-TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (8e-3, 1e-5), torch.float16: (1e-3, 1e-5)}
+def result_and_gradients(
+    function: Callable[..., Tensor], leaves: list[Tensor | None], upstream: Tensor, base: Tensor, *settings: Any
+) -> list[Tensor]:
+    """What `function` computes, and the gradient that every leaf receives from `upstream`."""
+    leaves = [None if leaf is None else leaf.clone().requires_grad_() for leaf in leaves]
+    effective = function(base, *leaves, *settings)
+    effective.backward(upstream)
+    return [effective.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+def doubled(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.double() for tensor in tensors]
 
 
 @pytest.fixture
@@ -143,48 +159,58 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "deterministic"])
 @pytest.mark.parametrize("structured", [True, False], ids=["structured", "unstructured"])
 @pytest.mark.parametrize("shape", [(), (0,), (2, 0), (1,), (3, 5), (4, 3, 3)], ids=str)
-def test_effective_parameter_and_gradients_are_those_of_plain_autograd(device, shape, structured, sampled, dtype):
+def test_effective_parameter_and_gradients_are_those_of_plain_autograd(device, shape, structured, sampled, dtype, rtol):
+    base, upstream = normal(*shape, seed=1).to(device, dtype), normal(*shape, seed=2).to(device, dtype)
+    leaves = [normal(*shape, seed=3).to(device), normal(*shape, seed=4).to(device)]
+    leaves.append(normal(1, seed=5).to(device) / 4 if structured else None)
+    noise = uniform(*shape, seed=6).to(device) if sampled else None
+    group_noise = torch.full((1,), 0.45, device=device) if sampled and structured else None
     for stretch in STRETCHES:
-        base, upstream = normal(*shape, seed=1).to(device, dtype), normal(*shape, seed=6).to(device, dtype)
-        leaves = [normal(*shape, seed=2), normal(*shape, seed=3), normal(1, seed=4) / 4 if structured else None]
-        noise = uniform(*shape, seed=5).to(device) if sampled else None
-        group_noise = torch.full((1,), 0.45, device=device) if sampled and structured else None
-
-        def run(function, precision, base, upstream, leaves=leaves, settings=(stretch, noise, group_noise)):
-            mine = [None if t is None else t.to(device, precision, copy=True).requires_grad_() for t in leaves]
-            effective = function(base, *mine, *settings)
-            effective.backward(upstream)
-            return effective, [leaf.grad for leaf in mine if leaf is not None]
-
-        actual, grads = run(gates.gated_parameter, torch.float32, base, upstream)
-        expected, expected_grads = run(plain_effective, torch.float64, base, upstream.double())
-        assert actual.dtype == dtype and actual.shape == shape
-        rtol, atol = TOLERANCES[dtype]
-        torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=atol)
-        for grad, expected_grad in zip(grads, expected_grads, strict=True):
-            assert grad.dtype == torch.float32
-            torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-4, atol=1e-5)
+        settings = base, stretch, noise, group_noise
+        actual = result_and_gradients(gates.gated_parameter, leaves, upstream, *settings)
+        expected = result_and_gradients(plain_effective, doubled(leaves), upstream.double(), *settings)
+        assert [tensor.dtype for tensor in actual] == [dtype] + [torch.float32] * (2 + structured)
+        torch.testing.assert_close(actual[0].double(), expected[0], rtol=rtol, atol=1e-5)
+        torch.testing.assert_close(doubled(actual[1:]), expected[1:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("which", ["base", "w", "log_alpha", "noise", "upstream"])
+@pytest.mark.parametrize("which", ["w", "log_alpha", "upstream", "base", "noise"])
 def test_memory_layout_does_not_matter(device, which):
-    def run(**layout: torch.memory_format) -> list[Tensor]:
-        names = ("base", "w", "log_alpha", "noise", "upstream")
-        made = {name: normal(2, 3, 3, 3, seed=seed).to(device) for seed, name in enumerate(names)}
-        made["noise"] = torch.sigmoid(made["noise"])
-        made = {n: t.contiguous(memory_format=layout.get(n, torch.contiguous_format)) for n, t in made.items()}
-        w, log_alpha = made["w"].requires_grad_(), made["log_alpha"].requires_grad_()
-        effective = gates.gated_parameter(made["base"], w, log_alpha, None, (-1.5, 1.5), made["noise"])
-        effective.backward(made["upstream"])
-        return [effective.detach(), w.grad, log_alpha.grad]
+    names = ["w", "log_alpha", "upstream", "base", "noise"]
+    plain = [torch.sigmoid(normal(2, 3, 3, 3, seed=seed)).to(device) for seed in range(5)]
+    other = [
+        t.to(memory_format=torch.channels_last) if name == which else t for name, t in zip(names, plain, strict=True)
+    ]
+    results = [
+        result_and_gradients(gates.gated_parameter, [w, log_alpha, None], upstream, base, (-1.5, 1.5), noise)
+        for w, log_alpha, upstream, base, noise in (other, plain)
+    ]
+    torch.testing.assert_close(*results)
 
-    for actual, expected in zip(run(**{which: torch.channels_last}), run(), strict=True):
-        torch.testing.assert_close(actual, expected)
+
+@pytest.fixture(params=[torch.bfloat16, torch.float64], ids=str)
+def default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Another dtype of tensors that are made without saying which."""
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("default_dtype")
+def test_torchs_default_dtype_does_not_matter(device):
+    w, log_alpha, upstream, base = (normal(50, seed=seed).to(device, torch.float32) for seed in range(4))
+    noise = gates.sample_noise(log_alpha)
+    assert noise.dtype == torch.float32
+    settings = upstream, base, (-1.5, 1.5), noise, None
+    actual = result_and_gradients(gates.gated_parameter, [w, log_alpha, None], *settings)
+    expected = result_and_gradients(plain_effective, doubled([w, log_alpha, None]), upstream.double(), *settings[1:])
+    torch.testing.assert_close(doubled(actual), expected, rtol=1e-4, atol=1e-5)
+    assert {tensor.dtype for tensor in actual} == {torch.float32}
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -200,4 +226,5 @@ def test_the_pretrained_parameter_receives_no_gradient_and_stays(device):
     before = base.detach().clone()
     w, log_alpha = normal(4, seed=1).to(device).requires_grad_(), normal(4, seed=2).to(device).requires_grad_()
     gates.gated_parameter(base, w, log_alpha, None, (-1.5, 1.5)).sum().backward()
-    assert base.grad is None and torch.equal(base, before)
+    assert base.grad is None
+    assert torch.equal(base, before)

@@ -45,7 +45,8 @@ def test_more_than_the_templates_make(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_splits_share_no_filler_and_no_sentence() -> None:
     train, held_out = task.fillers("train"), task.fillers("held_out")
-    assert train and held_out
+    assert train
+    assert held_out
     assert not train & held_out
     assert not (train | held_out) & task.FUNCTION_WORDS
     assert not {row["sentence"] for row in TRAIN} & {row["sentence"] for row in HELD_OUT}
@@ -89,7 +90,8 @@ def test_a_pair_differs_in_one_word_or_in_the_order_of_its_words(name: str, rows
 def test_form(name: str, rows: Rows) -> None:
     for row in rows:
         sentence = row["sentence"]
-        assert sentence[0].isupper() and sentence[-1] in ".?"
+        assert sentence[0].isupper()
+        assert sentence[-1] in ".?"
         assert not set(sentence[:-1]) & set(".?")
         assert sentence == " ".join(sentence.split())
         assert " ?" not in sentence
