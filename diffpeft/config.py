@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,13 +97,18 @@ class DiffPruningConfig(PeftConfig):
             self.target_modules = sorted(self.target_modules)
         self.stretch = _stretch(self.stretch, needed=self.gated and self.nnz_pattern is None)
         check_density(self.target_density)
+        if not isinstance(self.init_log_alpha, (int, float)) or not math.isfinite(self.init_log_alpha):
+            raise ValueError(
+                f"init_log_alpha={self.init_log_alpha!r} is no location; use a finite number, 5.0 in the paper"
+            )
         if self.group_penalty not in GROUP_PENALTIES:
             raise ValueError(f"group_penalty={self.group_penalty!r} is not known; use one of {GROUP_PENALTIES}")
-        if isinstance(self.l0_lambda, str):
-            if self.l0_lambda != "auto":
-                raise ValueError(f"l0_lambda={self.l0_lambda!r} is not known; use 'auto' or a number, e.g. 1.25e-7")
-        elif not 0 <= self.l0_lambda < float("inf"):
-            raise ValueError(f"l0_lambda={self.l0_lambda} is no penalty; use 'auto' or a finite number of at least 0")
+        if self.l0_lambda != "auto" and not (
+            isinstance(self.l0_lambda, (int, float)) and 0 <= self.l0_lambda < float("inf")
+        ):
+            raise ValueError(
+                f"l0_lambda={self.l0_lambda!r} is no penalty; use 'auto' or a finite number of at least 0, e.g. 1.25e-7"
+            )
         if self.gate_learning_rate is not None and not 0 < self.gate_learning_rate < float("inf"):
             raise ValueError(
                 f"gate_learning_rate={self.gate_learning_rate} cannot move the gates; use a positive number or None"
@@ -115,13 +121,20 @@ class DiffPruningConfig(PeftConfig):
 
 def check_density(density: float) -> None:
     """Raise ValueError unless `density` is in (0, 1]."""
+    if not isinstance(density, (int, float)):
+        raise ValueError(f"target_density={density!r} is no number; use 0 < target_density <= 1")
     if not 0 < density <= 1:
         reason = "leaves nothing to train" if density <= 0 else "is no share of the parameters"
         raise ValueError(f"target_density={density} {reason}; use 0 < target_density <= 1")
 
 
 def _stretch(stretch: Any, needed: bool) -> tuple[float, float]:
-    low, high = (float(bound) for bound in stretch)  # a list when the config comes from JSON
+    try:
+        low, high = (float(bound) for bound in stretch)  # a list when the config comes from JSON
+    except (TypeError, ValueError):
+        raise ValueError(f"stretch={stretch!r} is no pair of numbers; use l < 0 and r > 1, e.g. (-1.5, 1.5)") from None
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"stretch=({low}, {high}) is not finite; use l < 0 and r > 1, e.g. (-1.5, 1.5)")
     if needed and not (low < 0 and high > 1):
         raise ValueError(
             f"stretch=({low}, {high}) never closes or never opens a gate for good; use l < 0 and r > 1, e.g. (-1.5, 1.5)"

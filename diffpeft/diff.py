@@ -42,10 +42,18 @@ def add_(target: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     once, from the wider of the two dtypes, so that merged and unmerged models agree bit for bit.
     """
     old = torch.take(target, positions)
-    target.put_(positions, (old + values).to(target.dtype))
+    _write(target, (old + values).to(target.dtype), positions)
     return old
 
 
 def restore_(target: Tensor, old: Tensor, positions: Tensor) -> None:
     """Undo [`add_`]."""
-    target.put_(positions, old)
+    _write(target, old, positions)
+
+
+def _write(target: Tensor, values: Tensor, positions: Tensor) -> None:
+    """`target.put_(positions, values)`, which has no deterministic form, for positions that occur once."""
+    if target.is_contiguous():
+        target.view(-1).index_copy_(0, positions, values)
+    else:
+        target.index_put_(torch.unravel_index(positions, target.shape), values)

@@ -44,11 +44,11 @@ def sample_noise(like: Tensor) -> Tensor:
     numpy's SFC64, which is four times as fast as torch.rand.
     """
     if like.device.type == "cpu":
-        seed = int(torch.randint(1 << 62, ()))
-        noise = torch.empty(like.shape, dtype=torch.float32)
+        seed = int(torch.randint(1 << 62, (), device="cpu"))
+        noise = torch.empty(like.shape, dtype=torch.float32, device="cpu")
         np.random.Generator(np.random.SFC64(seed)).random(out=noise.numpy(), dtype=np.float32)
     else:
-        noise = torch.rand(like.shape, device=like.device)
+        noise = torch.rand(like.shape, dtype=torch.float32, device=like.device)
     return noise.mul_(1 - 2 * NOISE_MARGIN).add_(NOISE_MARGIN)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,14 @@ class _Unpacked(NamedTuple):
     packed: Tensor
     version: int
     positions: Tensor
+
+
+def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def apply(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return apply
 
 
 class DiffPruningLayer(nn.Module, BaseTunerLayer):
@@ -384,6 +393,15 @@ class DiffPruningLayer(nn.Module, BaseTunerLayer):
                 else:
                     restore_(target, merge.old.to(target.device), merge.positions.to(target.device))
         self.merged_adapters.clear()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DiffPruningLayer:
+        """Move or cast the wrapped module; the adapter moves along but keeps its dtypes.
+
+        bf16 gates would lose updates: near log_alpha = 5 half an ulp is 0.016.
+        """
+        for name, child in self.named_children():
+            child._apply(fn if name == "base_layer" else _keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the adapter's tensors beside the base parameters (PEFT's hook after loading); gates stay fp32."""

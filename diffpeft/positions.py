@@ -1,7 +1,7 @@
 """Codec of sorted positions: Elias-Fano (Elias 1974, Fano 1971).
 
-k sorted positions below n take k * (2 + floor(log2(n / k))) bits at most, within half a bit a position of the
-information bound, and the size follows from (k, n) alone, so that a buffer can be allocated before a file is read.
+k sorted positions below n take at most k * (3 + floor(log2(n / k))) bits; at densities of a few percent and less that
+is within 0.6 bits a position of the information bound. The size follows from (k, n) alone, so that a buffer can be made before a file is read.
 Layout: the low `b` bits of every position, packed, little-endian within a position; then a bitmap in which the i-th
 set bit stands at (position_i >> b) + i. Both parts start at a byte.
 """

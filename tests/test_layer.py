@@ -143,3 +143,12 @@ def test_copies_compute_the_same_and_are_independent(copies):
     assert torch.equal(twin(x), layer(x))
     twin.diffpruning_values["a"]["weight"].data.zero_()
     assert not torch.equal(twin(x), layer(x))
+
+
+def test_casting_the_model_leaves_gates_and_values_in_fp32():
+    layer = make_layer(nn.Linear(6, 6), init_weights=False)
+    layer.bfloat16()
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in layer.adapter_parameters("a")} == {torch.float32}
+    assert layer.diffpruning_exp_avg["a"]["weight"].dtype == torch.float32
+    assert layer(torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16

@@ -60,7 +60,9 @@ def test_default_covers_every_parameter_of_the_base_and_trains_the_head_whole(ti
 
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
 def test_heads_of_several_modules_are_found(task_type):
-    base = DistilBertForSequenceClassification(DistilBertConfig(vocab_size=50, dim=16, n_heads=2, n_layers=1, hidden_dim=8))
+    base = DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=50, dim=16, n_heads=2, n_layers=1, hidden_dim=8)
+    )
     model = get_peft_model(base, DiffPruningConfig(task_type=task_type))
     assert {"pre_classifier", "classifier"} <= set(model.peft_config["default"].modules_to_save)
     assert not any("classifier" in key for key in keys(model))
@@ -73,7 +75,9 @@ def keys(model):
 
 def test_a_tied_parameter_is_one_parameter_with_one_diff():
     torch.manual_seed(0)
-    base = BertForMaskedLM(BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    base = BertForMaskedLM(
+        BertConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    )
     ids = torch.arange(12).reshape(2, 6)
     total = sum(p.numel() for p in base.parameters())
     model = get_peft_model(base, DiffPruningConfig(init_weights=False)).eval()
@@ -404,7 +408,7 @@ def test_a_file_that_does_not_fit_is_refused(pruned, tiny_bert, tmp_path, damage
     else:
         del tensors[partner]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="damaged|no diff-pruning tensors|not both|belong"):
+    with pytest.raises(ValueError, match=r"damaged|no diff-pruning tensors|not both|belong"):
         PeftModel.from_pretrained(tiny_bert(), tmp_path)
 
 
