@@ -166,7 +166,7 @@ class DiffPruningLogCallback(TrainerCallback):
         entry = {
             "diffpruning/phase": tuner.phase(),
             "diffpruning/expected_density": expected / tuner.num_base_parameters(),
-            "diffpruning/nnz": sum(positions.numel() for positions, _ in tuner.get_diff().values()),
+            "diffpruning/nnz": tuner.num_nonzeros(),
             "diffpruning/l0_penalty": expected,
         }
         logs.update(entry)

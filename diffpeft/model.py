@@ -258,6 +258,15 @@ class DiffPruningModel(BaseTuner):
             return sum(sum((layer.nnz(adapter_name) or {}).values()) for layer in layers)
         return sum(p.numel() for layer in layers for p in layer.own_parameters().values())
 
+    @torch.no_grad()
+    def num_nonzeros(self, adapter_name: str | None = None) -> int:
+        """Nonzeros of the diff; in gating, those under deterministic gates."""
+        name = self._name(adapter_name)
+        if self.phase(name) == FIXMASK:
+            return self._count(name)
+        layers = self._layers(name)
+        return sum(int(layer.dense_delta(name, p).count_nonzero()) for layer in layers for p in layer.own_parameters())
+
     def expected_nonzeros(self, adapter_name: str | None = None) -> float:
         """Expected number of nonzeros of the diff: sum over elements of P(element open) P(group open)."""
         name = self._name(adapter_name)

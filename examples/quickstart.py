@@ -154,7 +154,7 @@ def main() -> None:
     size = os.path.getsize(options.output_dir / "adapter_model.safetensors")
     whole = os.path.getsize(str(MODEL / "model.safetensors"))
     tuner = model.base_model
-    total, nonzeros = tuner.num_base_parameters(), int(tuner.l0_penalty())
+    total, nonzeros = tuner.num_base_parameters(), tuner.num_nonzeros()
 
     table = Table(title="acceptability, held-out accuracy")
     for column in ("", "accuracy", "nonzeros of the diff", "bytes on disk"):

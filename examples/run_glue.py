@@ -253,7 +253,7 @@ class Run:
                 }
             self.results |= {
                 "gating_steps": self.pruning.transition_step,
-                "nnz": int(tuner.l0_penalty()),
+                "nnz": tuner.num_nonzeros(),
                 "density": tuner.expected_density(),
                 "base_parameters": tuner.num_base_parameters(),
             }

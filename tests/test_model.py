@@ -120,13 +120,14 @@ def test_budget_is_exact_over_all_parameters(tiny_bert, density):
     assert summary.kept == expected == sum(len(p) for p, _ in tuner.get_diff().values())
     assert sum(model.peft_config["default"].nnz_pattern.values()) == expected
     assert tuner.expected_density() == expected / tuner.num_base_parameters()
-    assert int(tuner.l0_penalty()) == expected
+    assert int(tuner.l0_penalty()) == expected == tuner.num_nonzeros()
 
 
 def test_pruning_keeps_the_largest_of_the_diff_and_its_values(tiny_bert):
     model = get_peft_model(tiny_bert(), DiffPruningConfig(init_weights=False, **CONFIG))
     tuner = model.base_model
     dense = tuner.get_diff()
+    assert tuner.num_nonzeros() == sum(len(where) for where, _ in dense.values())
     summary = tuner.magnitude_prune()
     kept = tuner.get_diff()
     values = torch.cat([v for _, v in dense.values()]).abs()

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -170,6 +172,25 @@ def test_hub_names_reach_the_hub(run_glue, folder, tmp_path, monkeypatch):
     del arguments["data_dir"]
     run(run_glue, monkeypatch, arguments)
     assert asked == [(("nyu-mll/glue", "mrpc"), {})]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"],
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_launchers(folder, tmp_path, launcher):
+    arguments = options(folder, tmp_path, max_steps=4)
+    words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FILE.parents[1])}
+    command = [sys.executable, *launcher, str(FILE), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads((tmp_path / "all_results.json").read_text())
+    assert result["nnz"] == round(0.02 * result["base_parameters"])
 
 
 def test_metrics_are_glues(run_glue):
