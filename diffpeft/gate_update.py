@@ -28,6 +28,8 @@ EPS = 1e-8
 PAPER_PACE = 0.1
 TRAVEL = 30.0
 """How far the automatic rule lets a gate travel over the whole of gating. Closing one takes about 13."""
+HELD = 0.3
+"""Share of gating before gates have to close: first w learns the task, so that there is something to choose by."""
 SETTLED = 0.9
 """Share of gating after which the schedule stays at its target."""
 SAMPLE = 1 << 18
@@ -57,9 +59,10 @@ def automatic_pace(gating_steps: int) -> float:
 
 
 def density_schedule(step: int, gating_steps: int, start: float, target: float) -> float:
-    """The expected density to have after step `step` (from 0): from `start` to `target` in equal ratios, then constant."""
-    progress = min(1.0, (step + 1) / max(1.0, SETTLED * gating_steps))
-    return float(start * (target / start) ** progress)
+    """The expected density to have after step `step` (from 0): held at `start`, then to `target` in equal ratios, then
+    constant."""
+    progress = ((step + 1) / gating_steps - HELD) / (SETTLED - HELD)
+    return float(start * (target / start) ** min(1.0, max(0.0, progress)))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ Two things keep the task from being solved by looking words up:
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from random import Random
 from typing import Any, NamedTuple
@@ -574,11 +574,11 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:] + ("" if text.endswith("?") else ".")
 
 
-def _rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
+def _rows(split: str, size: int, seed: int, phenomena: Sequence[str]) -> list[dict[str, Any]]:
     if size < 0 or size % 2:
         raise ValueError(f"the size of a split must be even, it is made of pairs; got {size}")
     rng = Random(f"{seed} {split}")
-    templates = list(PHENOMENA.items())
+    templates = [(name, PHENOMENA[name]) for name in phenomena]
     content = fillers(split)
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -601,14 +601,17 @@ def _rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
 
 
 def make_split(
-    seed: int = 0, train_size: int = 2400, held_out_size: int = 480
+    seed: int = 0,
+    train_size: int = 2400,
+    held_out_size: int = 480,
+    phenomena: Sequence[str] = tuple(PHENOMENA),
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The training and the held-out rows, each shuffled.
+    """The training and the held-out rows of the given phenomena, each shuffled.
 
     A row has "sentence", "label" (1 acceptable, 0 not), "phenomenon" (a key of `PHENOMENA`) and "pair", a number that
     it shares with the other sentence of its minimal pair and with no other row of its split.
     """
-    return _rows("train", train_size, seed), _rows("held_out", held_out_size, seed)
+    return _rows("train", train_size, seed, phenomena), _rows("held_out", held_out_size, seed, phenomena)
 
 
 def main() -> None:
