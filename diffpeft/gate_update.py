@@ -26,10 +26,10 @@ from diffpeft.gates import Stretch, open_logit, open_probability, pieces
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 PAPER_PACE = 0.1
-TRAVEL = 30.0
-"""How far the automatic rule lets a gate travel over the whole of gating. Closing one takes about 13."""
+TRAVEL = 40.0
+"""How far the automatic rule would let a gate travel over the whole of gating. Closing one takes about 13."""
 HELD = 0.3
-"""Share of gating before gates have to close: first w learns the task, so that there is something to choose by."""
+"""Share of gating in which gates do not move: first w learns the task, so that there is something to choose by."""
 SETTLED = 0.9
 """Share of gating after which the schedule stays at its target."""
 SAMPLE = 1 << 18
@@ -53,9 +53,14 @@ class Group(NamedTuple):
     whole: Gates | None
 
 
-def automatic_pace(gating_steps: int) -> float:
-    """How far a gate may move in a step, for runs of any length to close their gates in time."""
-    return TRAVEL / gating_steps
+def automatic_pace(step: int, gating_steps: int, pace: float | None = None) -> float:
+    """How far a gate may move in step `step`, for runs of any length to close their gates in time; nothing at first.
+
+    `pace` takes the place of what follows from the run's length.
+    """
+    if step + 1 <= HELD * gating_steps:
+        return 0.0
+    return TRAVEL / gating_steps if pace is None else pace
 
 
 def density_schedule(step: int, gating_steps: int, start: float, target: float) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,42 +13,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from diffpeft import gate_update, gates, pruning
+from diffpeft import gate_update, gates, loading, pruning
 from diffpeft.config import DiffPruningConfig, check_density
 from diffpeft.head import fresh_head
-from diffpeft.layer import POSITIONS, VALUES, DiffPruningLayer, GateTensors
+from diffpeft.layer import VALUES, DiffPruningLayer, GateTensors
 from diffpeft.optimizer import check_replaceable, replace_parameters
 
 GATING, FIXMASK = "gating", "fixmask"
-
-
-@dataclass(frozen=True)
-class PruningSummary:
-    """What magnitude pruning did."""
-
-    kept: int
-    """Nonzeros of the diff."""
-    total: int
-    """Parameters of the base model."""
-    threshold: float
-    """The smallest magnitude that was kept."""
-    per_parameter: dict[str, tuple[int, int]]
-    """(kept, elements) of each adapted parameter, by its name in the base model."""
-
-    @property
-    def density(self) -> float:
-        """Nonzeros as a share of the base model's parameters."""
-        return self.kept / self.total
-
-    def __str__(self) -> str:
-        untouched = sum(1 for kept, _ in self.per_parameter.values() if not kept)
-        largest = sorted(self.per_parameter.items(), key=lambda item: -item[1][0])[:5]
-        shares = ", ".join(f"{name} {kept} ({kept / max(1, numel):.2%})" for name, (kept, numel) in largest)
-        return (
-            f"magnitude pruning kept {self.kept} of {self.total} (density {self.density:.4%}, |diff| >= "
-            f"{self.threshold:.3e}); {untouched} of {len(self.per_parameter)} groups left as pretrained, most kept in "
-            f"{shares}"
-        )
 
 
 class DiffPruningModel(BaseTuner):
@@ -63,6 +33,7 @@ class DiffPruningModel(BaseTuner):
     prefix: str = "diffpruning_"
     tuner_layer_cls = DiffPruningLayer
     target_module_mapping: dict[str, list[str]] = {}  # the default is found in the model, not by its type
+    _owners: dict[int, tuple[DiffPruningLayer, str]]  # during injection: which layer has the diff of a parameter
 
     # Injection
 
@@ -112,22 +83,26 @@ class DiffPruningModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if not isinstance(target, DiffPruningLayer):
-            layer = DiffPruningLayer(target, current_key.replace(".base_layer", ""), self._ties(target))
+            own = target.named_parameters(recurse=False)
+            ties = {name: self._owners[id(p)] for name, p in own if id(p) in self._owners}
+            layer = DiffPruningLayer(target, current_key.replace(".base_layer", ""), ties)
+            self._owners.update(_owners(layer))
             # A module with children may be wrapped before them: they stay children of the wrapped module.
             parent = parent.base_layer if isinstance(parent, DiffPruningLayer) else parent
             setattr(parent, target_name, layer)
             target = layer
         target.update_layer(adapter_name, peft_config)
 
-    def _ties(self, module: nn.Module) -> dict[str, tuple[DiffPruningLayer, str]]:
-        owners = {id(p): (layer, name) for layer in self._all_layers() for name, p in layer.own_parameters().items()}
-        own = module.named_parameters(recurse=False)
-        return {name: owners[id(parameter)] for name, parameter in own if id(parameter) in owners}
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Wrap the modules that the config matches (PEFT's hook). Raises ValueError for a parameter out of reach."""
+        self._owners = {parameter: owner for layer in self._all_layers() for parameter, owner in _owners(layer).items()}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._owners = {}
         config = self.peft_config[adapter_name]
+        for layer in self._all_layers():
+            # PEFT takes a module inside one that is wrapped already for a part of the other adapter, and skips it.
+            if not layer.has_adapter(adapter_name) and self._check_target_module_exists(config, layer.key):
+                layer.update_layer(adapter_name, config)
         if config.target_modules is None and (config.layers_to_transform, config.exclude_modules) == (None, None):
             adapted = {
                 id(p) for layer in self._layers(adapter_name) for p in layer.base_layer.parameters(recurse=False)
@@ -310,7 +285,7 @@ class DiffPruningModel(BaseTuner):
                 )
                 target = config.target_density * total
                 wanted = gate_update.density_schedule(step, gating_steps, start, min(start, target))
-                pace = config.gate_learning_rate or gate_update.automatic_pace(gating_steps)
+                pace = gate_update.automatic_pace(step, gating_steps, config.gate_learning_rate)
                 l0_lambda = gate_update.automatic_step(groups, step, pace, config.stretch, expected, wanted)
             else:
                 pace = config.gate_learning_rate or gate_update.PAPER_PACE
@@ -326,7 +301,7 @@ class DiffPruningModel(BaseTuner):
         density: float | None = None,
         adapter_name: str | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-    ) -> PruningSummary:
+    ) -> pruning.PruningSummary:
         """Go from gating to fixmask: keep the largest |delta| over all tensors together (arXiv 2012.07463, section 3.1).
 
         Exactly round(density * base parameters) entries are kept; where gates left fewer than that open, the entries
@@ -381,7 +356,7 @@ class DiffPruningModel(BaseTuner):
         config.nnz_pattern = {key: count for key, (count, _) in per_parameter.items() if count}
         if optimizer is not None:
             replace_parameters(optimizer, replacement)
-        return PruningSummary(k, total, threshold.value, per_parameter)
+        return pruning.PruningSummary(k, total, threshold.value, per_parameter)
 
     @torch.no_grad()
     def get_diff(self, adapter_name: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
@@ -412,41 +387,17 @@ class DiffPruningModel(BaseTuner):
         cls, model: nn.Module, config: DiffPruningConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Bring the adapter into the file's phase and shapes, which loading into an adapter that exists does not."""
-        # By name in the base model: without PEFT's prefix, and without `.base_layer` where wrapped modules nest.
-        mine = {
-            key.replace(".base_layer", "").removeprefix("base_model.model."): tensor
-            for key, tensor in state_dict.items()
-            if f".{cls.prefix}" in key
-        }
-        if not mine:
-            raise ValueError(f"there are no diff-pruning tensors in what is to be loaded into adapter {adapter_name!r}")
         layers = [m for m in model.modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)]
-        if any(adapter_name in layer.merged_adapters for layer in layers):
-            raise ValueError(
-                f"adapter {adapter_name!r} is merged into the base model; unmerge it before loading over it"
-            )
-        if any(f".{VALUES}." in key for key in mine):
-            config.nnz_pattern = {}
-            for layer in layers:
-                nnz = {}
-                for parameter in layer.own_parameters():
-                    value = mine.get(f"{layer.key}.{VALUES}.{parameter}")
-                    if (value is None) != (f"{layer.key}.{POSITIONS}.{parameter}" not in mine):
-                        raise ValueError(f"{layer.parameter_key(parameter)} has values or positions, but not both")
-                    if value is not None:
-                        nnz[parameter] = config.nnz_pattern[layer.parameter_key(parameter)] = value.numel()
-                if layer.nnz(adapter_name) != nnz:
-                    layer.start_fixmask(adapter_name, nnz)
-        else:
-            config.nnz_pattern = None
-            for layer in layers:
-                if not layer.is_gating(adapter_name):
-                    layer.start_gating(adapter_name)
+        loading.adopt(layers, config, adapter_name, state_dict)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        _check_complete(model, adapter_name, remapped, cls.prefix)
+        loading.check_complete(model.state_dict(), adapter_name, remapped)
         return remapped
+
+
+def _owners(layer: DiffPruningLayer) -> dict[int, tuple[DiffPruningLayer, str]]:
+    return {id(parameter): (layer, name) for name, parameter in layer.own_parameters().items()}
 
 
 def _with_gradient(tensors: GateTensors) -> gate_update.Gates:
@@ -470,26 +421,3 @@ def _score(layer: DiffPruningLayer, adapter_name: str, parameter: str) -> prunin
         return delta
 
     return score
-
-
-def _check_complete(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Raise ValueError unless the file holds every tensor of the adapter in its shape, and none besides."""
-    part = f".{prefix}"
-    expected = {
-        key: tensor
-        for key, tensor in model.state_dict().items()
-        if part in key and key.rsplit(".", 2)[1] == adapter_name
-    }
-    given = {key: tensor for key, tensor in state_dict.items() if part in key}
-    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"the file does not fit the adapter {adapter_name!r}: {len(missing)} tensors are missing {missing[:3]}, "
-            f"{len(unknown)} belong to no adapted parameter {unknown[:3]}; it is damaged or of another model or config"
-        )
-    for key, tensor in given.items():
-        if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{key} is {tuple(tensor.shape)} in the file and {tuple(expected[key].shape)} in the model; the file is "
-                "damaged or belongs to another model"
-            )

@@ -23,6 +23,35 @@ class Threshold:
     ties: int
 
 
+@dataclass(frozen=True)
+class PruningSummary:
+    """What magnitude pruning did."""
+
+    kept: int
+    """Nonzeros of the diff."""
+    total: int
+    """Parameters of the base model."""
+    threshold: float
+    """The smallest magnitude that was kept."""
+    per_parameter: dict[str, tuple[int, int]]
+    """(kept, elements) of each adapted parameter, by its name in the base model."""
+
+    @property
+    def density(self) -> float:
+        """Nonzeros as a share of the base model's parameters."""
+        return self.kept / self.total
+
+    def __str__(self) -> str:
+        untouched = sum(1 for kept, _ in self.per_parameter.values() if not kept)
+        largest = sorted(self.per_parameter.items(), key=lambda item: -item[1][0])[:5]
+        shares = ", ".join(f"{name} {kept} ({kept / max(1, numel):.2%})" for name, (kept, numel) in largest)
+        return (
+            f"magnitude pruning kept {self.kept} of {self.total} (density {self.density:.4%}, |diff| >= "
+            f"{self.threshold:.3e}); {untouched} of {len(self.per_parameter)} groups left as pretrained, most kept in "
+            f"{shares}"
+        )
+
+
 def _bit_patterns(scores: Tensor) -> Tensor:
     if scores.dtype != torch.float32:
         raise TypeError(f"scores are {scores.dtype}; global top-k compares the bit patterns of torch.float32")

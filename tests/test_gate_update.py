@@ -56,10 +56,10 @@ def set_random_moments(groups: Sequence[Group], seed: int) -> None:
 
 def automatic_steps(groups: Sequence[Group], steps: int, target: float) -> float:
     """A whole gating phase under constant gradients; returns the expected number of nonzeros at its end."""
-    start, pace = gate_update.expected_nonzeros(groups, STRETCH), gate_update.automatic_pace(steps)
+    start = gate_update.expected_nonzeros(groups, STRETCH)
     for step in range(steps):
         expected = gate_update.expected_nonzeros(groups, STRETCH)
-        wanted = gate_update.density_schedule(step, steps, start, target)
+        pace, wanted = gate_update.automatic_pace(step, steps), gate_update.density_schedule(step, steps, start, target)
         gate_update.automatic_step(groups, step, pace, STRETCH, expected, wanted)
     return gate_update.expected_nonzeros(groups, STRETCH)
 
@@ -141,15 +141,19 @@ def test_schedule_ends_at_its_target_and_stays_there(gating_steps, first, second
 
 
 @given(lengths, densities, densities, st.data())
-def test_schedule_falls_in_equal_ratios_from_its_start(gating_steps, first, second, data):
+def test_schedule_is_held_then_falls_in_equal_ratios(gating_steps, first, second, data):
     start, target = max(first, second), min(first, second)
-    steps = range(-1, math.floor(gate_update.SETTLED * gating_steps))  # the start is what holds before step 0
-    ladder = [gate_update.density_schedule(step, gating_steps, start, target) for step in steps]
-    assert ladder[0] == pytest.approx(start)
-    if len(ladder) > 1:
-        ratio = (target / start) ** (1 / (gate_update.SETTLED * gating_steps))
-        step = data.draw(st.integers(1, len(ladder) - 1))
-        assert ladder[step] == pytest.approx(ladder[step - 1] * ratio, rel=1e-6)
+    held, settled = (share * gating_steps - 1 for share in (gate_update.HELD, gate_update.SETTLED))
+    step = data.draw(st.integers(0, gating_steps - 1))
+    density = gate_update.density_schedule(step, gating_steps, start, target)
+    if step <= held:
+        assert density == pytest.approx(start)
+        assert gate_update.automatic_pace(step, gating_steps) == 0.0
+    else:
+        assert gate_update.automatic_pace(step, gating_steps) > 0.0
+    if held <= step <= settled - 1:
+        after = gate_update.density_schedule(step + 1, gating_steps, start, target)
+        assert after == pytest.approx(density * (target / start) ** (1 / (settled - held)), rel=1e-6)
 
 
 @given(lengths, densities, densities, st.integers(0, 10_000))

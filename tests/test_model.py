@@ -95,10 +95,20 @@ def test_a_tied_parameter_is_one_parameter_with_one_diff():
     assert torch.equal(merged(ids).logits, unmerged)
 
 
-def test_parameters_on_modules_with_children_are_adapted():
+def tiny_vit():
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    base = ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes)).eval()
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=4, **sizes)).eval()
+
+
+def test_a_second_adapter_reaches_modules_inside_wrapped_ones():
+    model = get_peft_model(tiny_vit(), DiffPruningConfig(init_weights=False))
+    model.add_adapter("second", DiffPruningConfig(init_weights=False))
+    assert model.base_model.adapted_parameters("second") == model.base_model.adapted_parameters("default")
+
+
+def test_parameters_on_modules_with_children_are_adapted():
+    base = tiny_vit()
     pixels = torch.randn(1, 3, 8, 8)
     plain = base(pixels).logits
     model = get_peft_model(base, DiffPruningConfig(init_weights=False)).eval()
@@ -392,7 +402,7 @@ def test_mixed_batches_raise_instead_of_being_ignored(pruned, batch):
         pruned(input_ids=batch["input_ids"], adapter_names=["default", "__base__"])
 
 
-@pytest.mark.parametrize("damage", ["missing", "unknown", "size", "half"])
+@pytest.mark.parametrize("damage", ["missing", "unknown", "size", "half", "pair"])
 def test_a_file_that_does_not_fit_is_refused(pruned, tiny_bert, tmp_path, damage):
     pruned.save_pretrained(tmp_path)
     file = tmp_path / "adapter_model.safetensors"
@@ -408,6 +418,8 @@ def test_a_file_that_does_not_fit_is_refused(pruned, tiny_bert, tmp_path, damage
         tensors[partner] = torch.cat([tensors[partner], tensors[partner]])
     else:
         del tensors[partner]
+        if damage == "pair":
+            del tensors[name]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"damaged|no diff-pruning tensors|not both|belong"):
         PeftModel.from_pretrained(tiny_bert(), tmp_path)

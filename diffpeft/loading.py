@@ -1,0 +1,78 @@
+"""Bring an adapter that exists into the phase and the shapes of a file, and see that the two fit."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from diffpeft.config import DiffPruningConfig
+from diffpeft.layer import POSITIONS, VALUES, DiffPruningLayer
+
+PART = ".diffpruning_"
+"""In every key of a diff-pruning tensor, and in no other."""
+
+
+def adopt(
+    layers: Sequence[DiffPruningLayer], config: DiffPruningConfig, adapter_name: str, state_dict: dict[str, Tensor]
+) -> None:
+    """Give the layers of an adapter, and its config, the phase and the shapes of a file.
+
+    Args:
+        layers: all layers that hold the adapter.
+        config: the adapter's; its `nnz_pattern` becomes the file's.
+        adapter_name: the adapter.
+        state_dict: the file's tensors, without the adapter's name in their keys.
+
+    Raises:
+        ValueError: there is no diff in the file, or half of one; the adapter is merged.
+    """
+    # By name in the base model: without PEFT's prefix, and without `.base_layer` where wrapped modules nest.
+    mine = {
+        key.replace(".base_layer", "").removeprefix("base_model.model."): tensor
+        for key, tensor in state_dict.items()
+        if PART in key
+    }
+    if not mine:
+        raise ValueError(f"there are no diff-pruning tensors in what is to be loaded into adapter {adapter_name!r}")
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ValueError(f"adapter {adapter_name!r} is merged into the base model; unmerge it before loading over it")
+    if any(f".{VALUES}." in key for key in mine):
+        before, config.nnz_pattern = config.nnz_pattern, {}
+        for layer in layers:
+            nnz = {}
+            for parameter in layer.own_parameters():
+                value = mine.get(f"{layer.key}.{VALUES}.{parameter}")
+                if (value is None) != (f"{layer.key}.{POSITIONS}.{parameter}" not in mine):
+                    raise ValueError(f"{layer.parameter_key(parameter)} has values or positions, but not both")
+                if value is not None:
+                    nnz[parameter] = config.nnz_pattern[layer.parameter_key(parameter)] = value.numel()
+            if layer.nnz(adapter_name) != nnz:
+                layer.start_fixmask(adapter_name, nnz)
+        missing = sorted((before or {}).keys() - config.nnz_pattern.keys())
+        if missing and before is not None and config.nnz_pattern.items() < before.items():
+            raise ValueError(
+                f"the diffs of {len(missing)} parameters that the config tells of are missing, {missing[:3]}; the file is "
+                "damaged"
+            )
+    else:
+        config.nnz_pattern = None
+        for layer in layers:
+            if not layer.is_gating(adapter_name):
+                layer.start_gating(adapter_name)
+
+
+def check_complete(model: dict[str, Tensor], adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the file holds every tensor of the adapter in its shape, and none besides."""
+    expected = {key: tensor for key, tensor in model.items() if PART in key and key.rsplit(".", 2)[1] == adapter_name}
+    given = {key: tensor for key, tensor in state_dict.items() if PART in key}
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"the file does not fit the adapter {adapter_name!r}: {len(missing)} tensors are missing {missing[:3]}, "
+            f"{len(unknown)} belong to no adapted parameter {unknown[:3]}; it is damaged or of another model or config"
+        )
+    for key, tensor in given.items():
+        if tensor.shape != expected[key].shape:
+            raise ValueError(
+                f"{key} is {tuple(tensor.shape)} in the file and {tuple(expected[key].shape)} in the model; the file is "
+                "damaged or belongs to another model"
+            )
