@@ -6,6 +6,8 @@ import logging
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -23,6 +25,26 @@ def find_tuner(model: nn.Module | None) -> DiffPruningModel | None:
     if isinstance(model, PeftModel) and isinstance(model.base_model, DiffPruningModel):
         return model.base_model
     return None
+
+
+def check_setting(args: TrainingArguments) -> None:
+    """Raise ValueError for ways to run the Trainer in which the gates or the kept values would train wrongly."""
+    sharded = AcceleratorState().distributed_type
+    if sharded in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(
+            f"distributed_type={sharded.value} shards parameters that pruning replaces; use one process, or plain "
+            "DistributedDataParallel (torchrun or accelerate launch without sharding)"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process run nn.DataParallel, whose replicas have no ParameterDict; launch with "
+            f"torchrun --nproc_per_node {args.n_gpu}, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+    if args.fp16 and not args.max_grad_norm:
+        raise ValueError(
+            f"fp16 with max_grad_norm={args.max_grad_norm} leaves gradients scaled when the gates move; clip with "
+            "max_grad_norm > 0, e.g. 1.0, or use bf16"
+        )
 
 
 class DiffPruningCallback(TrainerCallback, ExportableState):
@@ -78,8 +100,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}); wrap it first: "
                 "model = get_peft_model(model, DiffPruningConfig())"
             )
-        if args.fsdp or args.deepspeed:
-            raise ValueError("FSDP and DeepSpeed shard parameters that pruning replaces; use one process or DDP")
+        check_setting(args)
         steps = (
             self.gating_steps if self.gating_steps is not None else max(1, round(self.gating_ratio * state.max_steps))
         )

@@ -3,12 +3,15 @@ import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from peft import get_peft_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from diffpeft import DiffPruningCallback, DiffPruningConfig
+from diffpeft.callback import check_setting
 
 
 class Rows(Dataset):
@@ -219,6 +222,29 @@ def test_the_dense_best_checkpoint_does_not_come_back(tiny_bert, tmp_path):
 def test_wrong_settings_are_told_before_any_work(tiny_bert, tmp_path, callback, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tiny_bert, tmp_path, callback()).train()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_n_gpu": 2}, "2 GPUs in one process run nn.DataParallel"),
+        ({"fp16": True, "max_grad_norm": 0.0}, r"fp16 with max_grad_norm=0.0 leaves gradients scaled"),
+    ],
+)
+def test_settings_that_would_train_wrongly_are_refused(tiny_bert, tmp_path, change, message):
+    trainer = make_trainer(tiny_bert, tmp_path)
+    for name, value in change.items():
+        setattr(trainer.args, name, value)
+    with pytest.raises(ValueError, match=message):
+        check_setting(trainer.args)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_sharding_is_refused(tiny_bert, tmp_path, monkeypatch, kind):
+    trainer = make_trainer(tiny_bert, tmp_path)
+    monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", kind)
+    with pytest.raises(ValueError, match="shards parameters that pruning replaces"):
+        check_setting(trainer.args)
 
 
 def test_a_model_without_the_adapter_is_refused(tiny_bert, tmp_path):
