@@ -6,8 +6,7 @@ import logging
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import parse_flag_from_env
 from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,11 +28,12 @@ def find_tuner(model: nn.Module | None) -> DiffPruningModel | None:
 
 def check_setting(args: TrainingArguments) -> None:
     """Raise ValueError for ways to run the Trainer in which the gates or the kept values would train wrongly."""
-    sharded = AcceleratorState().distributed_type
-    if sharded in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    # The launcher and the Trainer both say in the environment what Accelerate is to do.
+    sharded = [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
+    if sharded or args.fsdp or args.deepspeed:
         raise ValueError(
-            f"distributed_type={sharded.value} shards parameters that pruning replaces; use one process, or plain "
-            "DistributedDataParallel (torchrun or accelerate launch without sharding)"
+            f"{' and '.join(sharded) or 'FSDP or DeepSpeed'} shards parameters that pruning replaces; use one process, or "
+            "plain DistributedDataParallel (torchrun or accelerate launch without sharding)"
         )
     if args.n_gpu > 1:
         raise ValueError(
