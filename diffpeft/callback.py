@@ -79,6 +79,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         self.transition_step = 0
         """The step at whose end pruning happens; known once training has begun."""
         self._ddp = DDPFinder()
+        self._rates: list[Any] = []
 
     def state(self) -> dict[str, Any]:
         """What the checkpoint's trainer_state.json keeps of the callback."""
@@ -132,10 +133,27 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move the gates, once an update: after clipping, so that nothing scales the penalty."""
+        """Move the gates, once an update: after clipping, so that nothing scales the penalty.
+
+        As the expected density falls, the update's learning rate goes over to fixmask's: the fewer parameters carry the
+        task, the farther each has to move.
+        """
         tuner = find_tuner(kwargs["model"])
-        if tuner is not None and tuner.phase() == GATING:
-            tuner.gate_step(state.global_step, self.transition_step)
+        if tuner is None or tuner.phase() != GATING:
+            return
+        tuner.gate_step(state.global_step, self.transition_step)
+        progress = tuner.sparsification()
+        self._rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
+        for group, rate in zip(kwargs["optimizer"].param_groups, self._rates, strict=True):
+            group["lr"] = rate * (self._fixmask_rate(args) / args.learning_rate) ** progress
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the optimizer its scheduled learning rates back."""
+        for group, rate in zip(kwargs["optimizer"].param_groups, self._rates, strict=False):
+            group["lr"] = rate
+        self._rates = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """At the end of gating prune, before the step's evaluation and checkpoint."""
@@ -156,12 +174,15 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         """Stop watching the model."""
         self._ddp.stop()
 
+    def _fixmask_rate(self, args: TrainingArguments) -> float:
+        return self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate
+
     def _restart_learning_rate(self, args: TrainingArguments, optimizer: Any, scheduler: Any) -> None:
         """Scale the rest of the schedule so that it starts from fixmask's own learning rate.
 
         The scheduler saves its base rates, so a resumed run goes on with them.
         """
-        rate = self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate
+        rate = self._fixmask_rate(args)
         scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's wrapper
         for index, group in enumerate(optimizer.param_groups):
             current = float(group["lr"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -252,6 +253,16 @@ class DiffPruningModel(BaseTuner):
     def expected_density(self, adapter_name: str | None = None) -> float:
         """Expected nonzeros as a share of all base parameters, adapted or not."""
         return self.expected_nonzeros(adapter_name) / self.num_base_parameters()
+
+    def sparsification(self, adapter_name: str | None = None) -> float:
+        """How far gating has come, from 0 at a dense diff to 1 at `target_density`, in the logarithm of the density."""
+        name = self._name(adapter_name)
+        if not self.is_gated(name):
+            return 0.0
+        target = self.peft_config[name].target_density
+        if target == 1.0:
+            return 1.0
+        return min(1.0, max(0.0, math.log(self.expected_density(name)) / math.log(target)))
 
     @torch.no_grad()
     def gate_step(self, step: int, gating_steps: int, adapter_name: str | None = None) -> float:

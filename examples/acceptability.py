@@ -604,14 +604,15 @@ def make_split(
     seed: int = 0,
     train_size: int = 2400,
     held_out_size: int = 480,
-    phenomena: Sequence[str] = tuple(PHENOMENA),
+    phenomena: Sequence[str] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The training and the held-out rows of the given phenomena, each shuffled.
+    """The training and the held-out rows of the given phenomena, by default of all, each shuffled.
 
     A row has "sentence", "label" (1 acceptable, 0 not), "phenomenon" (a key of `PHENOMENA`) and "pair", a number that
     it shares with the other sentence of its minimal pair and with no other row of its split.
     """
-    return _rows("train", train_size, seed, phenomena), _rows("held_out", held_out_size, seed, phenomena)
+    names = tuple(PHENOMENA) if phenomena is None else phenomena
+    return _rows("train", train_size, seed, names), _rows("held_out", held_out_size, seed, names)
 
 
 def main() -> None:
