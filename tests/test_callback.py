@@ -164,6 +164,30 @@ def test_fixmask_starts_from_its_own_learning_rate(tiny_bert, tmp_path, schedule
         assert rates[16] == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize("scheduler", ["linear", "constant"])
+def test_learning_rate_goes_over_to_fixmasks_as_gates_close(tiny_bert, tmp_path, scheduler):
+    used, scheduled = [], []
+
+    class Note(TrainerCallback):
+        """After DiffPruningCallback: the rate of the update; at its end, what the scheduler is left with."""
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+            used.append((optimizer.param_groups[0]["lr"], model.base_model.sparsification()))
+
+        def on_step_end(self, args, state, control, lr_scheduler=None, optimizer=None, **kwargs):
+            scheduled.append(lr_scheduler.get_last_lr()[0])
+            assert optimizer.param_groups[0]["lr"] == scheduled[-1]
+
+    callback = DiffPruningCallback(fixmask_learning_rate=0.02)
+    trainer = make_trainer(tiny_bert, tmp_path, callback, [Note()], lr_scheduler_type=scheduler)
+    trainer.train()
+    before = [1e-3, *scheduled]
+    for step, (rate, progress) in enumerate(used[:8]):
+        assert rate == pytest.approx(before[step] * 20**progress)
+    assert used[0][1] < 0.01 < 0.9 < used[7][1] <= 1.0
+    assert [rate for rate, _ in used[8:]] == pytest.approx(before[8:16])
+
+
 @pytest.mark.parametrize("setting", [{}, {"gradient_accumulation_steps": 4}, {"label_smoothing_factor": 0.1}])
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
 def test_penalty_does_not_depend_on_how_the_loss_is_scaled(tiny_bert, tmp_path, setting, task_type):

@@ -167,6 +167,15 @@ def test_gating_lowers_the_expected_density(tiny_bert, batch, l0_lambda):
         assert after == pytest.approx(CONFIG["target_density"], rel=0.1)
 
 
+def test_sparsification_goes_from_nought_to_one(tiny_bert, batch):
+    model = get_peft_model(tiny_bert(), DiffPruningConfig(**CONFIG))
+    assert model.base_model.sparsification() == pytest.approx(0.0, abs=0.01)
+    train_steps(model, batch, 20, gating_steps=20)
+    assert model.base_model.sparsification() == pytest.approx(1.0, abs=0.05)
+    ungated = get_peft_model(tiny_bert(), DiffPruningConfig(gated=False, **CONFIG))
+    assert ungated.base_model.sparsification() == 0.0
+
+
 def test_l0_penalty_counts_and_has_the_closed_forms_gradient(tiny_bert):
     model = get_peft_model(tiny_bert(), DiffPruningConfig(**CONFIG))
     tuner = model.base_model
