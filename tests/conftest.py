@@ -18,6 +18,12 @@ settings.load_profile("diffpeft")
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=NO_GPU)])
 def device(request: pytest.FixtureRequest) -> str:
     """Every device that tensors can live on here."""

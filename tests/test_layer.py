@@ -38,7 +38,7 @@ class Bare(nn.Module):
     ("base", "inputs"),
     [
         (nn.Linear(6, 3), torch.randn(2, 6)),
-        (nn.Embedding(7, 4, padding_idx=0), torch.tensor([[0, 3, 6]])),
+        (nn.Embedding(7, 4, padding_idx=0), torch.arange(7)),
         (nn.LayerNorm(5), torch.randn(2, 5)),
         (nn.Conv2d(2, 3, 2), torch.randn(1, 2, 4, 4)),
         (Bare(), torch.randn(2, 4)),
