@@ -121,7 +121,7 @@ def main() -> None:
     """Train, show, save, load."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="where the adapter goes")
-    parser.add_argument("--steps", type=int, default=240, help="training steps, 60%% of them gating")
+    parser.add_argument("--steps", type=int, default=200, help="training steps, 60%% of them gating")
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter that output_dir holds")
     parser.add_argument("--verify", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -138,7 +138,7 @@ def main() -> None:
     console.print(f"{len(data[0])} sentences to learn from, {len(data[1])} held out, no word of content in common\n")
 
     console.rule("head only")
-    head = head_only(data, 120)
+    head = head_only(data, 100)
 
     console.rule("gating, pruning, fixmask")
     model = get_peft_model(make_model(), DiffPruningConfig(task_type="SEQ_CLS"))
