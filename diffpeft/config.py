@@ -59,8 +59,8 @@ class DiffPruningConfig(PeftConfig):
     group_penalty: str = field(
         default="product",
         metadata={
-            "help": "How a group gate enters the L0 penalty of a fixed l0_lambda: 'product', the paper's equation, or 'additive', what the "
-            "released code computes. They are not interchangeable at one l0_lambda."
+            "help": "How a group gate enters the L0 penalty of a fixed l0_lambda: 'product', the paper's equation, or "
+            "'additive', what the released code computes. They are not interchangeable at one l0_lambda."
         },
     )
     l0_lambda: float | str = field(
