@@ -127,6 +127,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 f"the adapter is pruned already, but gating lasts until step {steps}; to go on in fixmask use "
                 "DiffPruningCallback(gating_steps=0)"
             )
+        if not args.learning_rate > 0:
+            raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
         self.transition_step = steps
         self._ddp.watch(model)
 
@@ -135,13 +137,16 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Move the gates, once an update: after clipping, so that nothing scales the penalty.
 
-        As the expected density falls, the update's learning rate goes over to fixmask's: the fewer parameters carry the
-        task, the farther each has to move.
+        With the automatic penalty the update's learning rate goes over to fixmask's as the expected density falls: the
+        fewer parameters carry the task, the farther each has to move. With a fixed lambda it stays as scheduled, as in
+        the paper.
         """
         tuner = find_tuner(kwargs["model"])
         if tuner is None or tuner.phase() != GATING:
             return
         tuner.gate_step(state.global_step, self.transition_step)
+        if tuner.peft_config[tuner.active_adapters[0]].l0_lambda != "auto":
+            return
         progress = tuner.sparsification()
         self._rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
         for group, rate in zip(kwargs["optimizer"].param_groups, self._rates, strict=True):

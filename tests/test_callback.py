@@ -164,8 +164,10 @@ def test_fixmask_starts_from_its_own_learning_rate(tiny_bert, tmp_path, schedule
         assert rates[16] == pytest.approx(0.02)
 
 
-@pytest.mark.parametrize("scheduler", ["linear", "constant"])
-def test_learning_rate_goes_over_to_fixmasks_as_gates_close(tiny_bert, tmp_path, scheduler):
+@pytest.mark.parametrize(
+    ("scheduler", "l0_lambda"), [("linear", "auto"), ("constant", "auto"), ("linear", 1e-2)], ids=str
+)
+def test_learning_rate_goes_over_to_fixmasks_as_gates_close(tiny_bert, tmp_path, scheduler, l0_lambda):
     used, scheduled = [], []
 
     class Note(TrainerCallback):
@@ -179,12 +181,17 @@ def test_learning_rate_goes_over_to_fixmasks_as_gates_close(tiny_bert, tmp_path,
             assert optimizer.param_groups[0]["lr"] == scheduled[-1]
 
     callback = DiffPruningCallback(fixmask_learning_rate=0.02)
-    trainer = make_trainer(tiny_bert, tmp_path, callback, [Note()], lr_scheduler_type=scheduler)
+    config = {"l0_lambda": l0_lambda}
+    trainer = make_trainer(tiny_bert, tmp_path, callback, [Note()], config, lr_scheduler_type=scheduler)
     trainer.train()
     before = [1e-3, *scheduled]
     for step, (rate, progress) in enumerate(used[:8]):
-        assert rate == pytest.approx(before[step] * 20**progress)
-    assert used[0][1] < 0.01 < 0.9 < used[7][1] <= 1.0
+        factor = 20**progress if l0_lambda == "auto" else 1.0  # a fixed lambda is the paper's method, schedule and all
+        assert rate == pytest.approx(before[step] * factor)
+    if l0_lambda == "auto":
+        assert used[0][1] < 0.01 < 0.9 < used[7][1] <= 1.0
+    else:
+        assert used[7][1] > 0.0
     assert [rate for rate, _ in used[8:]] == pytest.approx(before[8:16])
 
 
@@ -267,6 +274,11 @@ def test_sharding_is_refused(tiny_bert, tmp_path, monkeypatch, kind):
     monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
     with pytest.raises(ValueError, match=f"{kind} shards parameters that pruning replaces"):
         trainer.train()
+
+
+def test_a_learning_rate_of_nought_is_refused(tiny_bert, tmp_path):
+    with pytest.raises(ValueError, match=r"learning_rate=0.0 trains nothing"):
+        make_trainer(tiny_bert, tmp_path, learning_rate=0.0).train()
 
 
 def test_a_model_without_the_adapter_is_refused(tiny_bert, tmp_path):
