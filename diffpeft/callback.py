@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from peft import PeftModel
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -17,13 +15,6 @@ from diffpeft.ddp import DDPFinder
 from diffpeft.model import GATING, DiffPruningModel
 
 logger = logging.getLogger(__name__)
-
-
-def find_tuner(model: nn.Module | None) -> DiffPruningModel | None:
-    """The tuner of a model that has a diff-pruning adapter active, else None."""
-    if isinstance(model, PeftModel) and isinstance(model.base_model, DiffPruningModel):
-        return model.base_model
-    return None
 
 
 def check_setting(args: TrainingArguments) -> None:
@@ -95,7 +86,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         """Check that model, run and checkpoint fit together, before any work is done."""
         model = kwargs["model"]
-        tuner = find_tuner(model)
+        tuner = DiffPruningModel.of(model)
         if tuner is None:
             raise ValueError(
                 f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}); wrap it first: "
@@ -141,7 +132,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         fewer parameters carry the task, the farther each has to move. With a fixed lambda it stays as scheduled, as in
         the paper.
         """
-        tuner = find_tuner(kwargs["model"])
+        tuner = DiffPruningModel.of(kwargs["model"])
         if tuner is None or tuner.phase() != GATING:
             return
         tuner.gate_step(state.global_step, self.transition_step)
@@ -162,7 +153,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """At the end of gating prune, before the step's evaluation and checkpoint."""
-        tuner = find_tuner(kwargs["model"])
+        tuner = DiffPruningModel.of(kwargs["model"])
         if tuner is None or state.global_step != self.transition_step or tuner.phase() != GATING:
             return
         summary = tuner.magnitude_prune(optimizer=kwargs["optimizer"])
@@ -205,7 +196,7 @@ class DiffPruningLogCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add `diffpruning/*` to the log entry and to its copy in `log_history`."""
-        tuner = find_tuner(kwargs.get("model"))
+        tuner = DiffPruningModel.of(kwargs.get("model"))
         logs = kwargs.get("logs")
         if tuner is None or logs is None or "loss" not in logs:
             return

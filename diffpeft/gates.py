@@ -11,15 +11,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 Stretch = tuple[float, float]
-
-NOISE_MARGIN = 1e-4
-"""The noise is uniform on (NOISE_MARGIN, 1 - NOISE_MARGIN), which keeps logit(u) finite."""
-
 
 PIECE = 1 << 17
 """Elements worked on at a time on a CPU, so that a chain of elementwise operations stays in its cache."""
@@ -28,28 +23,15 @@ PIECE = 1 << 17
 def pieces(*tensors: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
     """The tensors, all of one shape, as flat views of PIECE elements each, to read and to write.
 
-    Whole on a GPU, where launches cost more than memory traffic, and where a tensor has no flat view (channels_last).
+    Whole on a GPU, where launches cost more than memory traffic, under a compiler, and where a tensor has no flat view (channels_last).
     """
     present = tuple(tensor for tensor in tensors if tensor is not None)
     first = present[0]
+    if torch.compiler.is_compiling():  # a compiler fuses the chain itself, and would unroll the loop
+        return iter((present,))
     if first.device.type != "cpu" or first.numel() <= PIECE or not all(t.is_contiguous() for t in present):
         return iter((present,))
     return zip(*(torch.split(tensor.view(-1), PIECE) for tensor in present), strict=True)
-
-
-def sample_noise(like: Tensor) -> Tensor:
-    """Uniform noise of the shape and device of `like`, fp32.
-
-    It follows from torch's default generator, whose state a checkpoint restores. On a CPU that generator only seeds
-    numpy's SFC64, which is four times as fast as torch.rand.
-    """
-    if like.device.type == "cpu":
-        seed = int(torch.randint(1 << 62, (), device="cpu"))
-        noise = torch.empty(like.shape, dtype=torch.float32, device="cpu")
-        np.random.Generator(np.random.SFC64(seed)).random(out=noise.numpy(), dtype=np.float32)
-    else:
-        noise = torch.rand(like.shape, dtype=torch.float32, device=like.device)
-    return noise.mul_(1 - 2 * NOISE_MARGIN).add_(NOISE_MARGIN)
 
 
 def binary_concrete(log_alpha: Tensor, noise: Tensor | None) -> Tensor:

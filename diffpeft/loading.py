@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from diffpeft.adapter import POSITIONS, VALUES
 from diffpeft.config import DiffPruningConfig
-from diffpeft.layer import POSITIONS, VALUES, DiffPruningLayer
+from diffpeft.layer import DiffPruningLayer
 
 PART = ".diffpruning_"
 """In every key of a diff-pruning tensor, and in no other."""
@@ -25,12 +26,7 @@ def adopt(
     Raises:
         ValueError: there is no diff in the file, or half of one; the adapter is merged.
     """
-    # By name in the base model: without PEFT's prefix, and without `.base_layer` where wrapped modules nest.
-    mine = {
-        key.replace(".base_layer", "").removeprefix("base_model.model."): tensor
-        for key, tensor in state_dict.items()
-        if PART in key
-    }
+    mine = {canonical(key): tensor for key, tensor in state_dict.items() if PART in key}
     if not mine:
         raise ValueError(f"there are no diff-pruning tensors in what is to be loaded into adapter {adapter_name!r}")
     if any(adapter_name in layer.merged_adapters for layer in layers):
@@ -39,12 +35,14 @@ def adopt(
         before, config.nnz_pattern = config.nnz_pattern, {}
         for layer in layers:
             nnz = {}
-            for parameter in layer.own_parameters():
-                value = mine.get(f"{layer.key}.{VALUES}.{parameter}")
-                if (value is None) != (f"{layer.key}.{POSITIONS}.{parameter}" not in mine):
+            module = layer.module_key
+            for parameter in layer.shapes:
+                value = mine.get(f"{module}.{VALUES}.{parameter}")
+                if (value is None) != (f"{module}.{POSITIONS}.{parameter}" not in mine):
                     raise ValueError(f"{layer.parameter_key(parameter)} has values or positions, but not both")
                 if value is not None:
                     nnz[parameter] = config.nnz_pattern[layer.parameter_key(parameter)] = value.numel()
+            layer.forget_positions(adapter_name)
             if layer.nnz(adapter_name) != nnz:
                 layer.start_fixmask(adapter_name, nnz)
         missing = sorted((before or {}).keys() - config.nnz_pattern.keys())
@@ -58,6 +56,18 @@ def adopt(
         for layer in layers:
             if not layer.is_gating(adapter_name):
                 layer.start_gating(adapter_name)
+
+
+def canonical(key: str) -> str:
+    """A tensor's key by the names of the base model: without PEFT's prefix, and without `.base_layer`, which stands in
+    it where a module inside of it is wrapped too."""
+    return key.replace(".base_layer", "").removeprefix("base_model.model.")
+
+
+def rename(state_dict: dict[str, Tensor], keys: set[str]) -> dict[str, Tensor]:
+    """Give the tensors of a file those of `keys` that mean the same: what else is wrapped differs between models."""
+    by_name = {canonical(key): key for key in keys if PART in key}
+    return {by_name.get(canonical(key), key) if PART in key else key: tensor for key, tensor in state_dict.items()}
 
 
 def check_complete(model: dict[str, Tensor], adapter_name: str, state_dict: dict[str, Tensor]) -> None:

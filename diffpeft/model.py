@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from diffpeft import gate_update, gates, loading, pruning
+from diffpeft import gate_update, gates, pruning
+from diffpeft.adapter import VALUES, GateTensors, is_quantized, own_shapes
 from diffpeft.config import DiffPruningConfig, check_density
-from diffpeft.head import fresh_head
-from diffpeft.layer import VALUES, DiffPruningLayer, GateTensors
+from diffpeft.injection import Injection
+from diffpeft.layer import DiffPruningLayer, RootParameters
+from diffpeft.mixed import BASE, MixedBatch, Part
 from diffpeft.optimizer import check_replaceable, replace_parameters
 
 GATING, FIXMASK = "gating", "fixmask"
 
 
-class DiffPruningModel(BaseTuner):
+class DiffPruningModel(Injection):
     """Diff Pruning (arXiv 2012.07463) on a base model; what `peft_model.base_model` is.
 
     An adapter is in one of two phases. In "gating" every adapted parameter has a dense diff w and hard-concrete gates;
@@ -31,126 +32,28 @@ class DiffPruningModel(BaseTuner):
     exist and train. Methods take the adapter's name, by default the active adapter's.
     """
 
-    prefix: str = "diffpruning_"
-    tuner_layer_cls = DiffPruningLayer
-    target_module_mapping: dict[str, list[str]] = {}  # the default is found in the model, not by its type
-    _owners: dict[int, tuple[DiffPruningLayer, str]]  # during injection: which layer has the diff of a parameter
-
-    # Injection
-
-    def _prepare_adapter_config(
-        self, peft_config: DiffPruningConfig, model_config: dict[str, Any]
-    ) -> DiffPruningConfig:
-        if peft_config.target_modules is None:
-            head = [name for name in fresh_head(self.model) if name not in (peft_config.modules_to_save or [])]
-            if head:
-                peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *head]
-        return peft_config
-
-    def _check_new_adapter_config(self, config: DiffPruningConfig) -> None:
-        super()._check_new_adapter_config(config)
-        for name, module in self.model.named_modules():
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, DiffPruningLayer):
-                raise ValueError(
-                    f"{name} already carries an adapter of another kind ({type(module).__name__}), under which the base "
-                    "weights are not the model's own; unload it or merge it first"
-                )
-        if not any(p.is_floating_point() for p in self.model.parameters()):
-            raise ValueError("the base model has no floating-point parameters, so there is nothing to adapt")
-
-    def _check_target_module_exists(self, peft_config: DiffPruningConfig, key: str) -> Any:
-        module = self.model.get_submodule(key)
-        if isinstance(module, DiffPruningLayer):
-            module = module.base_layer
-        own = [name for name, p in module.named_parameters(recurse=False) if p.is_floating_point()]
-        config = peft_config
-        if peft_config.target_modules is None:
-            # PEFT's own matching of exclusions, heads and layer indices, for a target that is this very module.
-            if peft_config.layers_to_transform is not None and "." not in key:
-                return False
-            config = copy.copy(peft_config)
-            config.target_modules = [key.rsplit(".", 1)[-1]]
-        matched = super()._check_target_module_exists(config, key)
-        return matched if own or not matched else False
-
-    def _create_and_replace(
-        self,
-        peft_config: DiffPruningConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if not isinstance(target, DiffPruningLayer):
-            own = target.named_parameters(recurse=False)
-            ties = {name: self._owners[id(p)] for name, p in own if id(p) in self._owners}
-            layer = DiffPruningLayer(target, current_key.replace(".base_layer", ""), ties)
-            self._owners.update(_owners(layer))
-            # A module with children may be wrapped before them: they stay children of the wrapped module.
-            parent = parent.base_layer if isinstance(parent, DiffPruningLayer) else parent
-            setattr(parent, target_name, layer)
-            target = layer
-        target.update_layer(adapter_name, peft_config)
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Wrap the modules that the config matches (PEFT's hook). Raises ValueError for a parameter out of reach."""
-        self._owners = {parameter: owner for layer in self._all_layers() for parameter, owner in _owners(layer).items()}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self._owners = {}
-        config = self.peft_config[adapter_name]
-        for layer in self._all_layers():
-            # PEFT takes a module inside one that is wrapped already for a part of the other adapter, and skips it.
-            if not layer.has_adapter(adapter_name) and self._check_target_module_exists(config, layer.key):
-                layer.update_layer(adapter_name, config)
-        if config.target_modules is None and (config.layers_to_transform, config.exclude_modules) == (None, None):
-            adapted = {
-                id(p) for layer in self._layers(adapter_name) for p in layer.base_layer.parameters(recurse=False)
-            }
-            left = [name for name, p in self._base_parameters() if id(p) not in adapted and p.is_floating_point()]
-            if left:
-                raise ValueError(
-                    f"{len(left)} parameters of the base model cannot be adapted by the default target_modules: "
-                    f"{left[:5]}; name the modules to adapt in target_modules"
-                )
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        """PEFT's hook behind `unload` and `merge_and_unload`, which by itself leaves wrapped modules inside others."""
-        wrapped = [(name, m) for name, m in self.model.named_modules() if isinstance(m, DiffPruningLayer)]
-        for name, layer in tqdm(reversed(wrapped), total=len(wrapped), disable=not progressbar, desc="Unloading"):
-            with onload_layer(layer):
-                if merge:
-                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-                else:
-                    layer.unmerge()
-            parent, _, child = name.rpartition(".")
-            setattr(self.model.get_submodule(parent), child, layer.base_layer)
-        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        return model
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(
-                f"adapter_names={kwargs['adapter_names']!r}: batches that mix diff-pruning adapters are not supported "
-                "yet; call set_adapter and run one batch for each adapter"
-            )
-        yield
-
     # Finding things
 
-    def _all_layers(self) -> Iterator[DiffPruningLayer]:
-        return (module for module in self.model.modules() if isinstance(module, DiffPruningLayer))
+    @classmethod
+    def of(cls, model: nn.Module | None) -> DiffPruningModel | None:
+        """The tuner of a model: that of a `PeftModel`, or, where transformers' `model.add_adapter` or PEFT's
+        `inject_adapter_in_model` put the adapters in, a view of the model that has the tuner's methods. None where there
+        is no diff-pruning adapter."""
+        if isinstance(model, PeftModel):
+            return model.base_model if isinstance(model.base_model, cls) else None
+        if model is None or isinstance(model, cls):
+            return model
+        layer = next((module for module in model.modules() if isinstance(module, DiffPruningLayer)), None)
+        if layer is None or not isinstance(getattr(model, "peft_config", None), dict):
+            return None
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner.model, tuner.peft_config, tuner.active_adapter = model, model.peft_config, layer.active_adapters
+        tuner.training = model.training
+        return tuner
 
     def _layers(self, adapter_name: str) -> list[DiffPruningLayer]:
-        return [layer for layer in self._all_layers() if layer.has_adapter(adapter_name)]
+        return [layer for layer in self.all_layers() if layer.has_adapter(adapter_name)]
 
     def _name(self, adapter_name: str | None) -> str:
         if adapter_name is None:
@@ -161,26 +64,18 @@ class DiffPruningModel(BaseTuner):
             raise ValueError(f"no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
         return adapter_name
 
-    def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters of the base model by name, each once, without heads that are trained whole."""
-        skipped: set[int] = set()
-        for module in self.model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                skipped.update(id(p) for p in module.parameters())
-            elif isinstance(module, DiffPruningLayer):
-                skipped.update(id(p) for adapter in self.peft_config for p in module.adapter_parameters(adapter))
-        for name, parameter in self.model.named_parameters():
-            if id(parameter) not in skipped:
-                yield name.replace(".base_layer", ""), parameter
-
     def num_base_parameters(self) -> int:
         """Parameters of the base model, adapted or not, tied ones once, heads in `modules_to_save` not counted."""
-        return sum(parameter.numel() for _, parameter in self._base_parameters())
+        packed = {id(p): module for module in self.model.modules() if is_quantized(module) for p in [module.weight]}
+        return sum(
+            own_shapes(packed[id(p)])["weight"].numel() if id(p) in packed else p.numel()
+            for _, p in self.base_parameters()
+        )
 
     def adapted_parameters(self, adapter_name: str | None = None) -> dict[str, int]:
         """Number of elements of every parameter that the adapter covers, by its name in the base model."""
         layers = self._layers(self._name(adapter_name))
-        return {layer.parameter_key(n): p.numel() for layer in layers for n, p in layer.own_parameters().items()}
+        return {layer.parameter_key(n): shape.numel() for layer in layers for n, shape in layer.shapes.items()}
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -188,6 +83,63 @@ class DiffPruningModel(BaseTuner):
         DistributedDataParallel, which reads this name, would send them around in every forward."""
         names = ("diffpruning_exp_avg", "diffpruning_group_exp_avg")
         return [f"base_model.{name}" for name, _ in self.named_buffers() if any(f".{part}" in name for part in names)]
+
+    # Mixed batches
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook around forward and generate: takes `adapter_names`, an adapter's name or "__base__" a row."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_mixed(names)
+        layers, root = list(self.all_layers()), getattr(self.model, RootParameters.NAME, None)
+        batch = MixedBatch(
+            self.model,
+            names,
+            self._parts(layers),
+            self.__dict__.setdefault("_row_layouts", {}),
+            root.run if isinstance(root, RootParameters) else None,
+            _beams(**kwargs),
+        )
+        for layer in layers:
+            layer.mixed = batch
+        try:
+            with batch.running():
+                yield
+        finally:
+            for layer in layers:
+                layer.mixed = None
+
+    def _check_mixed(self, names: Sequence[str]) -> None:
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names) or not names:
+            raise ValueError(f"adapter_names={names!r} must be a list with an adapter's name for each row")
+        unknown = sorted(set(names) - self.peft_config.keys() - {BASE})
+        if unknown:
+            raise ValueError(f"adapter_names has {unknown}, but there are {sorted(self.peft_config)} and {BASE!r}")
+        if self.training:
+            raise ValueError("adapter_names mixes adapters for inference; call model.eval() first, train one at a time")
+        for layer in self.all_layers():
+            if layer.merged:
+                raise ValueError(
+                    f"adapter_names cannot take {layer.merged_adapters} back out of the base weights of some rows; call "
+                    "unmerge_adapter() first"
+                )
+            if layer.disable_adapters:
+                raise ValueError("adapter_names was given while adapters are disabled; enable them, or leave it out")
+
+    def _parts(self, layers: Sequence[DiffPruningLayer]) -> list[Part]:
+        parts = []
+        for layer in layers:
+            if not isinstance(layer, RootParameters):
+                shared = isinstance(layer.base_layer, nn.Embedding)
+                parts.append(Part(layer, layer.key, layer.changes_any, partial(_run_layer, layer.forward), shared))
+        for name, module in self.model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                heads = module.modules_to_save
+                parts.append(Part(module, name, heads.__contains__, partial(_run_head, module), False))
+        return parts
 
     # Phases
 
@@ -232,7 +184,7 @@ class DiffPruningModel(BaseTuner):
         layers = self._layers(adapter_name)
         if self.phase(adapter_name) == FIXMASK:
             return sum(sum((layer.nnz(adapter_name) or {}).values()) for layer in layers)
-        return sum(p.numel() for layer in layers for p in layer.own_parameters().values())
+        return sum(shape.numel() for layer in layers for shape in layer.shapes.values())
 
     @torch.no_grad()
     def num_nonzeros(self, adapter_name: str | None = None) -> int:
@@ -241,7 +193,7 @@ class DiffPruningModel(BaseTuner):
         if self.phase(name) == FIXMASK:
             return self._count(name)
         layers = self._layers(name)
-        return sum(int(layer.dense_delta(name, p).count_nonzero()) for layer in layers for p in layer.own_parameters())
+        return sum(int(layer.dense_delta(name, p).count_nonzero()) for layer in layers for p in layer.shapes)
 
     def expected_nonzeros(self, adapter_name: str | None = None) -> float:
         """Expected number of nonzeros of the diff: sum over elements of P(element open) P(group open)."""
@@ -348,14 +300,14 @@ class DiffPruningModel(BaseTuner):
         if optimizer is not None:
             check_replaceable(optimizer, {p for parameters in old.values() for p in parameters if p.requires_grad})
 
-        owners = [(layer, parameter) for layer in old for parameter in layer.own_parameters()]
+        owners = [(layer, parameter) for layer in old for parameter in layer.shapes]
         scores = [_score(layer, name, parameter) for layer, parameter in owners]
         kept, threshold = pruning.global_top_k(scores, k)
         per_parameter, replacement = {}, dict[nn.Parameter, nn.Parameter | None]()
         positions = dict(zip(owners, kept, strict=True))
         for layer, parameters in old.items():
             diff, w = {}, dict(layer.diffpruning_w[name])
-            for parameter in layer.own_parameters():
+            for parameter in layer.shapes:
                 where = positions[layer, parameter]
                 diff[parameter] = where, torch.take(layer.dense_delta(name, parameter), where)
                 per_parameter[layer.parameter_key(parameter)] = where.numel(), w[parameter].numel()
@@ -378,7 +330,7 @@ class DiffPruningModel(BaseTuner):
         name = self._name(adapter_name)
         diff = {}
         for layer in self._layers(name):
-            for parameter in layer.own_parameters():
+            for parameter in layer.shapes:
                 if layer.is_gating(name):
                     delta = layer.dense_delta(name, parameter).reshape(-1)
                     where = torch.nonzero(delta).squeeze(1)
@@ -391,24 +343,20 @@ class DiffPruningModel(BaseTuner):
                     diff[layer.parameter_key(parameter)] = pair
         return diff
 
-    # Loading
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: DiffPruningConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Bring the adapter into the file's phase and shapes, which loading into an adapter that exists does not."""
-        layers = [m for m in model.modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)]
-        loading.adopt(layers, config, adapter_name, state_dict)
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        loading.check_complete(model.state_dict(), adapter_name, remapped)
-        return remapped
+def _run_layer(forward: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **kwargs)
 
 
-def _owners(layer: DiffPruningLayer) -> dict[int, tuple[DiffPruningLayer, str]]:
-    return {id(parameter): (layer, name) for name, parameter in layer.own_parameters().items()}
+def _run_head(wrapper: ModulesToSaveWrapper, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    head = wrapper.original_module if adapter_name == BASE else wrapper.modules_to_save[adapter_name]
+    return head(*args, **kwargs)
+
+
+def _beams(num_beams: Any = None, num_return_sequences: Any = None, generation_config: Any = None, **_: Any) -> int:
+    """Rows that generation makes of each of its input's."""
+    told = [getattr(generation_config, name, None) for name in ("num_beams", "num_return_sequences")]
+    return max(int(count or 1) for count in (num_beams, num_return_sequences, *told))
 
 
 def _with_gradient(tensors: GateTensors) -> gate_update.Gates:

@@ -189,7 +189,7 @@ def test_learning_rate_goes_over_to_fixmasks_as_gates_close(tiny_bert, tmp_path,
         factor = 20**progress if l0_lambda == "auto" else 1.0  # a fixed lambda is the paper's method, schedule and all
         assert rate == pytest.approx(before[step] * factor)
     if l0_lambda == "auto":
-        assert used[0][1] < 0.01 < 0.9 < used[7][1] <= 1.0
+        assert used[0][1] < 0.01 < 0.85 < used[7][1] <= 1.0
     else:
         assert used[7][1] > 0.0
     assert [rate for rate, _ in used[8:]] == pytest.approx(before[8:16])

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffpeft import gates
+from diffpeft import noise as noise_module
 
 STRETCHES = [(-1.5, 1.5), (-0.1, 1.1)]
 locations = st.lists(st.floats(-1e4, 1e4, width=32), max_size=20).map(torch.tensor)
-noises = st.floats(gates.NOISE_MARGIN, 1 - gates.NOISE_MARGIN)
+noises = st.floats(noise_module.NOISE_MARGIN, 1 - noise_module.NOISE_MARGIN)
 stretches = st.tuples(st.floats(-3, -0.01), st.floats(1.01, 3))
 
 
@@ -50,7 +51,7 @@ def test_a_gate_opens_with_its_noise_and_its_location(log_alpha, noise, stretch)
 
 
 def test_far_gates_are_wide_open_or_shut_whatever_the_noise(device):
-    noise = torch.tensor([gates.NOISE_MARGIN, 1 - gates.NOISE_MARGIN], device=device)
+    noise = torch.tensor([noise_module.NOISE_MARGIN, 1 - noise_module.NOISE_MARGIN], device=device)
     for log_alpha, z in ((-1e3, 0.0), (1e3, 1.0)):
         assert gates.gate(torch.full_like(noise, log_alpha), noise, (-1.5, 1.5)).tolist() == [z, z]
 
@@ -60,10 +61,15 @@ def test_far_gates_are_wide_open_or_shut_whatever_the_noise(device):
 def test_open_probability_is_the_share_of_gates_that_noise_leaves_open(device, log_alpha, stretch):
     torch.manual_seed(1)
     samples = torch.full((100_000,), log_alpha, device=device)
-    share = (gates.gate(samples, gates.sample_noise(samples), stretch) > 0).double().mean().item()
+    share = (
+        (gates.gate(samples, noise_module.uniform(noise_module.new_seed(), samples.numel(), device), stretch) > 0)
+        .double()
+        .mean()
+        .item()
+    )
     probability = gates.open_probability(samples[:1], stretch).item()
     deviation = math.sqrt(probability * (1 - probability) / len(samples))
-    assert abs(share - probability) <= 4 * deviation + gates.NOISE_MARGIN
+    assert abs(share - probability) <= 4 * deviation + noise_module.NOISE_MARGIN
 
 
 @given(st.floats(-8, 8), stretches)
@@ -72,48 +78,6 @@ def test_expected_l0_of_open_group_gates_is_that_of_the_elements(log_alpha, stre
     alone = gates.expected_l0(elements, None, stretch)
     torch.testing.assert_close(gates.expected_l0(elements, far, stretch, "product"), alone)
     torch.testing.assert_close(gates.expected_l0(elements, far, stretch, "additive"), alone + 1)
-
-
-def test_noise_lies_within_its_margin_and_is_uniform(device):
-    torch.manual_seed(0)
-    noise = gates.sample_noise(torch.empty(100_000, device=device))
-    assert noise.dtype == torch.float32
-    assert noise.device.type == device
-    assert float(noise.min()) >= gates.NOISE_MARGIN * 0.999
-    assert float(noise.max()) <= 1 - gates.NOISE_MARGIN * 0.999
-    shares = torch.histc(noise, bins=10, min=0, max=1) / len(noise)
-    torch.testing.assert_close(shares, torch.full_like(shares, 0.1), rtol=0, atol=5e-3)
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0), (3, 5)], ids=str)
-def test_noise_has_the_shape_of_the_gates(device, shape):
-    assert gates.sample_noise(torch.empty(shape, device=device)).shape == shape
-
-
-def test_noise_is_fp32_beside_gates_of_any_dtype(device):
-    assert gates.sample_noise(torch.empty(3, dtype=torch.bfloat16, device=device)).dtype == torch.float32
-
-
-def test_noise_follows_from_torchs_seed_alone(device):
-    like = torch.empty(50, device=device)
-    torch.manual_seed(3)
-    first, second = gates.sample_noise(like), gates.sample_noise(like)
-    torch.manual_seed(3)
-    again = gates.sample_noise(like)
-    torch.manual_seed(4)
-    other = gates.sample_noise(like)
-    assert torch.equal(first, again)
-    assert not torch.isclose(first, second).any()
-    assert not torch.isclose(first, other).all()
-
-
-def test_noise_goes_on_from_a_restored_generator():
-    like = torch.empty(50)
-    gates.sample_noise(like)
-    state = torch.get_rng_state()
-    expected = gates.sample_noise(like)
-    torch.set_rng_state(state)
-    assert torch.equal(gates.sample_noise(like), expected)
 
 
 def plain_effective(
@@ -204,7 +168,7 @@ def default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("default_dtype")
 def test_torchs_default_dtype_does_not_matter(device):
     w, log_alpha, upstream, base = (normal(50, seed=seed).to(device, torch.float32) for seed in range(4))
-    noise = gates.sample_noise(log_alpha)
+    noise = noise_module.uniform(noise_module.new_seed(), log_alpha.numel(), device)
     assert noise.dtype == torch.float32
     settings = upstream, base, (-1.5, 1.5), noise, None
     actual = result_and_gradients(gates.gated_parameter, [w, log_alpha, None], *settings)

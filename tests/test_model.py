@@ -1,4 +1,6 @@
 import json
+import pickle
+from copy import deepcopy
 
 import pytest
 import torch
@@ -384,19 +386,54 @@ def test_a_model_without_parameters():
         get_peft_model(nn.Sequential(nn.Identity()), DiffPruningConfig())
 
 
-def test_parameters_of_the_root_module_are_not_left_out_silently():
-    class Root(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(1))
-            self.linear = nn.Linear(2, 2)
+class Root(nn.Module):
+    """A model with a parameter of its own."""
 
-        def forward(self, x):
-            return self.linear(x) * self.scale
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.linear = nn.Linear(2, 2)
 
-    with pytest.raises(ValueError, match="'scale'"):
-        get_peft_model(Root(), DiffPruningConfig())
-    assert get_peft_model(Root(), DiffPruningConfig(target_modules=["linear"])) is not None
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.isnan().any():
+            raise FloatingPointError
+        return self.linear(x) * self.scale
+
+
+def test_parameters_of_the_root_module_are_adapted():
+    base, x = Root(), torch.randn(3, 2)
+    model = get_peft_model(base, DiffPruningConfig(target_density=1.0))
+    assert model.base_model.adapted_parameters() == {"scale": 1, "linear.weight": 4, "linear.bias": 2}
+    assert not base.scale.requires_grad
+    model(x).sum().backward()
+    assert base.root_parameters.diffpruning_w["default"]["scale"].grad is not None
+    model.base_model.magnitude_prune()
+    model.base_model.get_diff()
+    with torch.no_grad():
+        base.root_parameters.diffpruning_values["default"]["scale"].fill_(2.0)
+    torch.testing.assert_close(model(x), base.linear(x) * 3.0)
+    assert float(base.scale) == 1.0
+    with pytest.raises(FloatingPointError):
+        model(x * torch.nan)
+    assert float(base.scale) == 1.0, "a forward that fails leaves the base as it was"
+    for copied in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(x), model(x))
+        assert copied.base_model.model.root_parameters.base_layer is copied.base_model.model
+    model.merge_adapter()
+    assert float(base.scale) == 3.0
+    model.unmerge_adapter()
+    assert float(base.scale) == 1.0
+    merged = model.merge_and_unload()
+    assert float(merged.scale) == 3.0
+    assert list(merged.state_dict()) == ["scale", "linear.weight", "linear.bias"]
+    assert not merged._forward_hooks
+    assert not merged._forward_pre_hooks
+
+
+@pytest.mark.parametrize("config", [{"target_modules": ["linear"]}, {"exclude_modules": ["root_parameters"]}], ids=str)
+def test_parameters_of_the_root_module_can_be_left_out(config):
+    model = get_peft_model(Root(), DiffPruningConfig(**config))
+    assert model.base_model.adapted_parameters() == {"linear.weight": 4, "linear.bias": 2}
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify", "ignore:Already found")
@@ -404,11 +441,6 @@ def test_another_tuners_adapter_is_refused(tiny_bert):
     base = get_peft_model(tiny_bert(), LoraConfig(target_modules=["query"])).base_model.model
     with pytest.raises(ValueError, match="adapter of another kind"):
         get_peft_model(base, DiffPruningConfig())
-
-
-def test_mixed_batches_raise_instead_of_being_ignored(pruned, batch):
-    with pytest.raises(NotImplementedError, match="adapter_names"):
-        pruned(input_ids=batch["input_ids"], adapter_names=["default", "__base__"])
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "size", "half", "pair"])

@@ -97,9 +97,8 @@ def adapted(step: int, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
                 pretrained = TENSORS[f"pretrained/{name}"] if name in UNGATED else 0
                 leaf.copy_(pretrained + recorded(step, kind, name))
             if name in GATED:
-                noise[id(leaves["log_alpha"])] = recorded(step, "u", name)
-                noise[id(leaves["group_log_alpha"])] = recorded(step, "group_u", name)
-    monkeypatch.setattr(gates, "sample_noise", lambda like: noise[id(like)])
+                noise[name] = recorded(step, "u", name), recorded(step, "group_u", name)
+    monkeypatch.setattr(DiffPruningLayer, "_noise", lambda self, _, name: noise[self.parameter_key(name)])
     return model.train()
 
 

@@ -1,0 +1,327 @@
+"""The tensors of all adapters on one wrapped module: in gating, in fixmask, and on their way between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+
+from diffpeft import gates, positions
+from diffpeft.config import DiffPruningConfig
+
+GATING_PARAMETERS = ("diffpruning_w", "diffpruning_log_alpha", "diffpruning_group_log_alpha")
+GATING_BUFFERS = (
+    "diffpruning_exp_avg",
+    "diffpruning_exp_avg_sq",
+    "diffpruning_group_exp_avg",
+    "diffpruning_group_exp_avg_sq",
+)
+VALUES = "diffpruning_values"
+POSITIONS = "diffpruning_positions"
+
+
+class GateTensors(NamedTuple):
+    """The gates of one parameter: locations and the two moments of their gradients."""
+
+    log_alpha: nn.Parameter
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+class _Unpacked(NamedTuple):
+    """Decoded positions and the packed tensor and version that they were decoded from."""
+
+    packed: Tensor
+    version: int
+    positions: Tensor
+
+
+def own_shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of the parameters that a diff can be added to, by their names in the module, its children's left out.
+
+    Those are the floating ones, and the weight of a quantised linear layer, in the shape that it had before.
+    """
+    own = module.named_parameters(recurse=False)
+    shapes = {name: parameter.shape for name, parameter in own if parameter.is_floating_point()}
+    if is_quantized(module):
+        linear: Any = module
+        shapes["weight"] = torch.Size((linear.out_features, linear.in_features))
+    return shapes
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether PEFT knows the module as one with a quantised weight."""
+    # The argument matters for merging alone, which is refused.
+    return resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None) is not None
+
+
+def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def apply(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return apply
+
+
+class AdapterTensors(nn.Module, BaseTunerLayer):
+    """The adapters' part of [`DiffPruningLayer`].
+
+    Every tensor of an adapter lives in an attribute of the class's prefix, by adapter, then by parameter name:
+
+    - gating: `diffpruning_w` and `diffpruning_log_alpha` (shape of the parameter, fp32), `diffpruning_group_log_alpha`
+      (shape (1,)), and as buffers the moments of the gates' gradients;
+    - fixmask: `diffpruning_values` (shape (k,), fp32) and, as a buffer, `diffpruning_positions` (packed, uint8).
+
+    Args:
+        base_layer: the module; its parameters stay as they are.
+        key: the module's name in the base model.
+        ties: parameters of `base_layer` that are the same tensor as one of another layer, which then owns the diff.
+    """
+
+    # ModuleDicts: adapter name -> ParameterDict or BufferDict: parameter name -> tensor.
+    diffpruning_w: Any
+    diffpruning_log_alpha: Any
+    diffpruning_group_log_alpha: Any
+    diffpruning_exp_avg: Any
+    diffpruning_exp_avg_sq: Any
+    diffpruning_group_exp_avg: Any
+    diffpruning_group_exp_avg_sq: Any
+    diffpruning_values: Any
+    diffpruning_positions: Any
+
+    adapter_layer_names = (*GATING_PARAMETERS, VALUES)
+    other_param_names = (*GATING_BUFFERS, POSITIONS)
+
+    def __init__(self, base_layer: nn.Module, key: str, ties: dict[str, tuple[Any, str]]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.key = key
+        self.ties = ties
+        self.shapes = {name: shape for name, shape in own_shapes(base_layer).items() if name not in ties}
+        """Shapes of the parameters that this layer adapts, by their name in the module."""
+        self.quantized = is_quantized(base_layer)
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            setattr(self, name, nn.ModuleDict())
+        self.configs: dict[str, DiffPruningConfig] = {}
+        self.merged_adapters: list[str] = []
+        self._unpacked: dict[tuple[str, str], _Unpacked] = {}
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that this layer adapts, by their name in the module; a quantised weight as it is stored."""
+        own = dict(self.base_layer.named_parameters(recurse=False))
+        return {name: own[name] for name in self.shapes if name in own}
+
+    @property
+    def module_key(self) -> str:
+        """The layer's own name in the model that it is injected into, without what wraps it."""
+        return self.key
+
+    def parameter_key(self, name: str) -> str:
+        """The name in the base model of the wrapped module's parameter `name`."""
+        return f"{self.key}.{name}" if self.key else name
+
+    def _device(self) -> torch.device:
+        """Where the adapter's tensors belong: beside the parameters, or where these are brought to run."""
+        tensors = [*self.base_layer.parameters(recurse=False), *self.base_layer.buffers(recurse=False)]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        if device.type != "meta":
+            return device
+        return torch.device(getattr(getattr(self.base_layer, "_hf_hook", None), "execution_device", None) or "cpu")
+
+    # Adapters
+
+    def update_layer(self, adapter_name: str, config: DiffPruningConfig) -> None:
+        """Add an adapter, in the phase that the config tells: gating while `nnz_pattern` is None, else fixmask."""
+        self.configs[adapter_name] = config
+        if config.nnz_pattern is None:
+            self.start_gating(adapter_name)
+        else:
+            nnz = {name: config.nnz_pattern.get(self.parameter_key(name), 0) for name in self.shapes}
+            self.start_fixmask(adapter_name, {name: count for name, count in nnz.items() if count})
+
+    def start_gating(self, adapter_name: str) -> None:
+        """Give the adapter w and gates at their initial values, in place of what it had."""
+        if self.quantized:
+            raise ValueError(
+                f"{self.key} is quantised, where gates cannot be learned; train and prune the adapter on the model as it "
+                "was, then load it here, or leave the module out with exclude_modules"
+            )
+        config = self.configs[adapter_name]
+        self._clear(adapter_name)
+        w, log_alpha, group_log_alpha = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
+        moments = [BufferDict(persistent=True) for _ in GATING_BUFFERS]
+        for name, shape in self.shapes.items():
+            zeros = torch.zeros(shape, dtype=torch.float32, device=self._device())
+            w[name] = nn.Parameter(zeros if config.init_weights else torch.randn_like(zeros).mul_(0.02))
+            if not config.gated:
+                continue
+            log_alpha[name] = nn.Parameter(torch.full_like(zeros, config.init_log_alpha))
+            moments[0][name], moments[1][name] = torch.zeros_like(zeros), torch.zeros_like(zeros)
+            if config.structured:
+                zero = zeros.new_zeros(1)
+                group_log_alpha[name] = nn.Parameter(torch.full_like(zero, config.init_log_alpha))
+                moments[2][name], moments[3][name] = zero, zero.clone()
+        for attribute, tensors in zip(GATING_PARAMETERS, (w, log_alpha, group_log_alpha), strict=True):
+            getattr(self, attribute)[adapter_name] = tensors
+        for attribute, buffers in zip(GATING_BUFFERS, moments, strict=True):
+            getattr(self, attribute)[adapter_name] = buffers
+        self._set_trainable(adapter_name)
+
+    def start_fixmask(self, adapter_name: str, nnz: dict[str, int]) -> None:
+        """Give the adapter room for `nnz` values a parameter, in place of what it had; they are zeros, and their
+        positions nowhere, until a file or [`set_diff`] fills them.
+
+        Parameters without nonzeros take no tensors at all.
+        """
+        self._clear(adapter_name)
+        values, packed = nn.ParameterDict(), BufferDict(persistent=True)
+        random = not self.configs[adapter_name].init_weights
+        for name, count in nnz.items():
+            numel = self.shapes[name].numel()
+            if count > numel:
+                raise ValueError(
+                    f"nnz_pattern gives {self.parameter_key(name)} {count} nonzeros, but it has {numel} elements; the "
+                    "adapter belongs to another model"
+                )
+            zeros = torch.zeros(count, dtype=torch.float32, device=self._device())
+            values[name] = nn.Parameter(torch.randn_like(zeros).mul_(0.02) if random else zeros)
+            size = positions.packed_size(count, numel)
+            packed[name] = torch.zeros(size, dtype=torch.uint8, device=self._device())
+        getattr(self, VALUES)[adapter_name] = values
+        getattr(self, POSITIONS)[adapter_name] = packed
+        self._set_trainable(adapter_name)
+
+    def _set_trainable(self, adapter_name: str) -> None:
+        """New tensors of the active adapter train, unless it was loaded for inference; those of others do not."""
+        active: Any = self.active_adapters
+        trainable = adapter_name in active and not self.configs[adapter_name].inference_mode
+        for parameter in self.adapter_parameters(adapter_name):
+            parameter.requires_grad_(trainable)
+
+    def set_diff(self, adapter_name: str, diff: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Put the adapter into fixmask with the given (positions, values), flat and sorted, a parameter."""
+        trainable = any(parameter.requires_grad for parameter in self.adapter_parameters(adapter_name))
+        self.start_fixmask(adapter_name, {})
+        for name, (where, values) in diff.items():
+            if where.shape != values.shape:
+                raise ValueError(f"{self.parameter_key(name)}: {where.numel()} positions, {values.numel()} values")
+            if where.numel():
+                numel = self.shapes[name].numel()
+                getattr(self, VALUES)[adapter_name][name] = nn.Parameter(values.clone(), requires_grad=trainable)
+                getattr(self, POSITIONS)[adapter_name][name] = positions.pack(where, numel)
+
+    def _clear(self, adapter_name: str) -> None:
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            container: Any = getattr(self, attribute)
+            if adapter_name in container:
+                del container[adapter_name]
+        self.forget_positions(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove the adapter's tensors (PEFT's hook)."""
+        super().delete_adapter(adapter_name)
+        self.configs.pop(adapter_name, None)
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether this layer holds the adapter."""
+        return adapter_name in self.diffpruning_w or adapter_name in self.diffpruning_values
+
+    def is_gating(self, adapter_name: str) -> bool:
+        """Whether the adapter still has w and gates here, rather than fixed positions."""
+        return adapter_name in self.diffpruning_w
+
+    def nnz(self, adapter_name: str) -> dict[str, int] | None:
+        """Nonzeros of each parameter that has any; None in gating."""
+        if self.is_gating(adapter_name):
+            return None
+        return {name: values.numel() for name, values in getattr(self, VALUES)[adapter_name].items()}
+
+    def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        """All parameters of the adapter, trainable or not."""
+        containers = [getattr(self, attribute) for attribute in self.adapter_layer_names]
+        return [p for container in containers if adapter_name in container for p in container[adapter_name].values()]
+
+    def gates(self, adapter_name: str) -> dict[str, tuple[GateTensors, GateTensors | None]]:
+        """Element gates and group gate of each parameter."""
+        found: dict[str, tuple[GateTensors, GateTensors | None]] = {}
+        if adapter_name not in self.diffpruning_log_alpha:
+            return found
+        groups = self.diffpruning_group_log_alpha[adapter_name]
+        for name, log_alpha in self.diffpruning_log_alpha[adapter_name].items():
+            element = GateTensors(
+                log_alpha, self.diffpruning_exp_avg[adapter_name][name], self.diffpruning_exp_avg_sq[adapter_name][name]
+            )
+            group = None
+            if name in groups:
+                averages = self.diffpruning_group_exp_avg[adapter_name], self.diffpruning_group_exp_avg_sq[adapter_name]
+                group = GateTensors(groups[name], averages[0][name], averages[1][name])
+            found[name] = (element, group)
+        return found
+
+    def _tensor(self, attribute: str, adapter_name: str, name: str) -> Tensor:
+        tensor: Tensor = getattr(self, attribute)[adapter_name][name]
+        return tensor
+
+    def positions(self, adapter_name: str, name: str) -> Tensor:
+        """Sorted flat positions, int64, of the adapter's nonzeros in parameter `name`.
+
+        Decoded when first needed: some loaders fill the packed buffer in place and tell nobody.
+        """
+        packed = self.diffpruning_positions[adapter_name][name]
+        cached = self._unpacked.get((adapter_name, name))
+        # A compiler cannot trace versions; `forget_positions` sees to it that a compiled step has nothing stale.
+        version = 0 if torch.compiler.is_compiling() or packed.is_inference() else packed._version
+        current = torch.compiler.is_compiling() or (cached is not None and cached.version == version)
+        if cached is None or cached.packed is not packed or not current:
+            count, numel = self.diffpruning_values[adapter_name][name].numel(), self.shapes[name].numel()
+            try:
+                decoded = positions.unpack(packed, count, numel)
+            except ValueError as error:
+                raise ValueError(f"{self.parameter_key(name)}, adapter {adapter_name!r}: {error}") from None
+            cached = self._unpacked[adapter_name, name] = _Unpacked(packed, version, decoded)
+        return cached.positions
+
+    def forget_positions(self, adapter_name: str) -> None:
+        """Decode the adapter's positions anew when they are next needed."""
+        for key in [key for key in self._unpacked if key[0] == adapter_name]:
+            del self._unpacked[key]
+
+    def dense_delta(self, adapter_name: str, name: str) -> Tensor:
+        """z w with deterministic gates, fp32, shape of the parameter; gating only, without gradient."""
+        with torch.no_grad():
+            w: Tensor = self._tensor("diffpruning_w", adapter_name, name)
+            if name not in self.diffpruning_log_alpha[adapter_name]:
+                return w.clone()
+            stretch = self.configs[adapter_name].stretch
+            delta = gates.gate(self._tensor("diffpruning_log_alpha", adapter_name, name), None, stretch).mul_(w)
+            if name in self.diffpruning_group_log_alpha[adapter_name]:
+                group_log_alpha = self._tensor("diffpruning_group_log_alpha", adapter_name, name)
+                delta.mul_(gates.gate(group_log_alpha, None, stretch).reshape(()))
+            return delta
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
+        """Move or cast the wrapped module; the adapter moves along but keeps its dtypes.
+
+        bf16 gates would lose updates: near log_alpha = 5 half an ulp is 0.016.
+        """
+        for name, child in self.named_children():
+            child._apply(fn if name == "base_layer" else _keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move the adapter's tensors beside the base parameters (PEFT's hook after loading); gates stay fp32."""
+        target = self._device() if device is None else device
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            container: Any = getattr(self, attribute)
+            if adapter_name not in container or target.type == "meta":
+                continue
+            tensors = [*container[adapter_name].parameters(), *container[adapter_name].buffers()]
+            if not any(tensor.is_meta for tensor in tensors):
+                container[adapter_name].to(target)

@@ -1,0 +1,244 @@
+"""How the tuner gets into a model and out of it: wrapping modules, and unwrapping them merged or plain."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm.auto import tqdm
+
+from diffpeft import loading
+from diffpeft.adapter import own_shapes
+from diffpeft.config import DiffPruningConfig
+from diffpeft.head import fresh_head
+from diffpeft.layer import DiffPruningLayer, RootParameters
+from diffpeft.noise import NoisePass
+
+
+class Injection(BaseTuner):
+    """PEFT's hooks of [`DiffPruningModel`]: wrapping and unwrapping modules, merging, loading."""
+
+    prefix: str = "diffpruning_"
+    tuner_layer_cls = DiffPruningLayer
+    target_module_mapping: dict[str, list[str]] = {}  # the default is found in the model, not by its type
+    _owners: dict[int, tuple[DiffPruningLayer, str]]  # during injection: which layer has the diff of a parameter
+    _noise: NoisePass  # during injection
+
+    def all_layers(self) -> Iterator[DiffPruningLayer]:
+        """Every layer of the tuner, whichever adapters it holds."""
+        return (module for module in self.model.modules() if isinstance(module, DiffPruningLayer))
+
+    def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of the base model by name, each once, without heads that are trained whole."""
+        skipped: set[int] = set()
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                skipped.update(id(p) for p in module.parameters())
+            elif isinstance(module, DiffPruningLayer):
+                skipped.update(id(p) for adapter in self.peft_config for p in module.adapter_parameters(adapter))
+        for name, parameter in self.model.named_parameters():
+            if id(parameter) not in skipped:
+                yield name.replace(".base_layer", ""), parameter
+
+    # Wrapping
+
+    def _prepare_adapter_config(
+        self, peft_config: DiffPruningConfig, model_config: dict[str, Any]
+    ) -> DiffPruningConfig:
+        if peft_config.target_modules is None:
+            head = [name for name in fresh_head(self.model) if name not in (peft_config.modules_to_save or [])]
+            if head:
+                peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *head]
+        return peft_config
+
+    def _check_new_adapter_config(self, config: DiffPruningConfig) -> None:
+        super()._check_new_adapter_config(config)
+        for name, module in self.model.named_modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, DiffPruningLayer):
+                raise ValueError(
+                    f"{name} already carries an adapter of another kind ({type(module).__name__}), under which the base "
+                    "weights are not the model's own; unload it or merge it first"
+                )
+        if not any(p.is_floating_point() for p in self.model.parameters()):
+            raise ValueError("the base model has no floating-point parameters, so there is nothing to adapt")
+
+    def _check_target_module_exists(self, peft_config: DiffPruningConfig, key: str) -> Any:
+        module = self.model if key == RootParameters.NAME else self.model.get_submodule(key)
+        shapes = module.shapes if isinstance(module, DiffPruningLayer) else own_shapes(module)
+        config = peft_config
+        if peft_config.target_modules is None:
+            # PEFT's own matching of exclusions, heads and layer indices, for a target that is this very module.
+            if peft_config.layers_to_transform is not None and "." not in key:
+                return False
+            config = copy.copy(peft_config)
+            config.target_modules = [key.rsplit(".", 1)[-1]]
+        matched = super()._check_target_module_exists(config, key)
+        return matched if shapes or not matched else False
+
+    def _create_and_replace(
+        self,
+        peft_config: DiffPruningConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if not isinstance(target, DiffPruningLayer):
+            own = target.named_parameters(recurse=False)
+            ties = {name: self._owners[id(p)] for name, p in own if id(p) in self._owners}
+            layer = DiffPruningLayer(target, current_key.replace(".base_layer", ""), ties, self._noise)
+            self._owners.update(_owners(layer))
+            # A module with children may be wrapped before them: they stay children of the wrapped module.
+            parent = parent.base_layer if isinstance(parent, DiffPruningLayer) else parent
+            setattr(parent, target_name, layer)
+            target = layer
+        target.update_layer(adapter_name, peft_config)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Wrap the modules that the config matches (PEFT's hook).
+
+        Raises:
+            ValueError: a parameter out of reach; a pruned adapter with nonzeros where the model has no parameter.
+        """
+        layers = list(self.all_layers())
+        self._owners = {parameter: owner for layer in layers for parameter, owner in _owners(layer).items()}
+        self._noise = layers[0].noise if layers else NoisePass()
+        if state_dict is not None:
+            state_dict = {key.replace(".base_layer", ""): tensor for key, tensor in state_dict.items()}
+        config = self.peft_config[adapter_name]
+        with warnings.catch_warnings():
+            if isinstance(self._check_target_module_exists(config, RootParameters.NAME), _ExcludedModule):
+                # PEFT does not know of these parameters and takes the exclusion for a mistake.
+                warnings.filterwarnings("ignore", "You have passed exclude_modules")
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        if not layers:
+            self._noise.watch(model)
+        for layer in self.all_layers():
+            # PEFT takes a module inside one that is wrapped already for a part of the other adapter, and skips it.
+            if not layer.has_adapter(adapter_name) and self._check_target_module_exists(config, layer.key):
+                layer.update_layer(adapter_name, config)
+        if config.target_modules is None and not isinstance(getattr(model, RootParameters.NAME, None), RootParameters):
+            self._adapt_root(model, adapter_name, config)
+        del self._owners, self._noise
+        self._check_coverage(adapter_name, config)
+
+    def _adapt_root(self, model: nn.Module, adapter_name: str, config: DiffPruningConfig) -> None:
+        """Adapt the parameters that the model itself owns: PEFT looks at the modules in it alone."""
+        if not own_shapes(model) or not self._check_target_module_exists(config, RootParameters.NAME):
+            return
+        root = RootParameters(model, self._noise)
+        root.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        root.update_layer(adapter_name, config)
+        root.watch()
+        model.add_module(RootParameters.NAME, root)
+
+    def _check_coverage(self, adapter_name: str, config: DiffPruningConfig) -> None:
+        layers = [layer for layer in self.all_layers() if layer.has_adapter(adapter_name)]
+        if config.nnz_pattern is not None:
+            found = {layer.parameter_key(name) for layer in layers for name in layer.shapes}
+            lost = sorted(config.nnz_pattern.keys() - found)
+            if lost:
+                raise ValueError(
+                    f"the adapter has nonzeros in {len(lost)} parameters that the model does not have or does not adapt: "
+                    f"{lost[:5]}; it belongs to another model or config"
+                )
+        if config.target_modules is None and (config.layers_to_transform, config.exclude_modules) == (None, None):
+            adapted = {id(p) for layer in layers for p in layer.base_layer.parameters(recurse=False)}
+            left = [name for name, p in self.base_parameters() if id(p) not in adapted and p.is_floating_point()]
+            if left:
+                raise ValueError(
+                    f"{len(left)} parameters of the base model cannot be adapted by the default target_modules: "
+                    f"{left[:5]}; name the modules to adapt in target_modules"
+                )
+
+    def train(self, mode: bool = True) -> Injection:
+        """As of any module, but batch norms keep their running statistics: they are the base's, and no diff has them."""
+        super().train(mode)
+        for module in self.model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    # Merging and unwrapping
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write diffs into the base parameters, k writes a parameter, in all layers or in none.
+
+        Args:
+            adapter_names: the adapters, by default the active ones.
+            safe_merge: raise ValueError where the result would not be finite.
+        """
+        before = [(layer, list(layer.merged_adapters)) for layer in self.all_layers()]
+        try:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        except ValueError:
+            for layer, merged in before:
+                layer.unmerge(keep=len(merged))
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """PEFT's hook behind `unload` and `merge_and_unload`, which by itself leaves wrapped modules inside others."""
+        if merge:
+            self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        else:
+            self.unmerge_adapter()
+        wrapped = [(name, m) for name, m in self.model.named_modules() if isinstance(m, DiffPruningLayer)]
+        for name, layer in tqdm(reversed(wrapped), total=len(wrapped), disable=not progressbar, desc="Unloading"):
+            layer.noise.unwatch(self.model)
+            parent, _, child = name.rpartition(".")
+            if isinstance(layer, RootParameters):
+                layer.unwatch()
+                delattr(self.model, child)
+            else:
+                setattr(self.model.get_submodule(parent), child, layer.base_layer)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return model
+
+    def _check_merge_allowed(self) -> None:
+        """PEFT's hook, which warns of tied weights: here they have one diff. Layers refuse what cannot be merged."""
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's hook, which expects a weight: heads that are unwrapped may be modules of any kind."""
+        setattr(parent, child_name, new_module)
+
+    # Loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: DiffPruningConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Bring the adapter into the file's phase and shapes, which loading into an adapter that exists does not."""
+        layers = [m for m in model.modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)]
+        loading.adopt(layers, config, adapter_name, state_dict)
+        named = {cls._remove_adapter_name_from_key(key, adapter_name) for key in model.state_dict()}
+        state_dict = loading.rename(state_dict, named)
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        loading.check_complete(model.state_dict(), adapter_name, remapped)
+        return remapped
+
+
+def _owners(layer: DiffPruningLayer) -> dict[int, tuple[DiffPruningLayer, str]]:
+    return {id(parameter): (layer, name) for name, parameter in layer.own_parameters().items()}

@@ -1,0 +1,410 @@
+"""Batches whose rows belong to different adapters (`adapter_names=`): which modules run on which rows.
+
+A module that adapters change runs once for each adapter, on its rows. That is right only where the rows are a dimension
+of what the module takes and gives, which a shape cannot tell: a batch of 8 and 8 relative positions look alike. So the
+model first runs on two and on three rows; a dimension that grows with them is the rows', which may stand in it several
+times in a row (tokens of a mixture of experts, beams). Where a module has no such dimension, or its parameter is read
+without running it, the model as a whole runs once for each adapter instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+BASE = "__base__"
+"""PEFT's name for rows without an adapter."""
+
+Call = Callable[..., Any]
+
+
+class Layer(Protocol):
+    """What is asked of a layer: whether an adapter changes one of its parameters."""
+
+    def changes(self, adapter_name: str, name: str) -> bool:
+        """Whether the adapter has a diff for the parameter."""
+
+    def parameter_key(self, name: str) -> str:
+        """The parameter's name in the base model."""
+
+
+class Part(NamedTuple):
+    """A module that may run on some of the rows."""
+
+    module: nn.Module
+    key: str
+    changed_by: Callable[[str], bool]
+    """Whether an adapter changes what the module does by itself, apart from its children."""
+    call: Call
+    """Runs it for the rows of an adapter, its first argument; [`BASE`] for those of several that do not change it."""
+    shared_rows: bool
+    """Whether an output with one row stands for all rows, and may be given a row for each instead."""
+
+
+class Layout(NamedTuple):
+    """For each tensor that goes into a module and comes out of it, the dimension that grows with the rows, or None."""
+
+    inputs: tuple[int | None, ...]
+    outputs: tuple[int | None, ...]
+
+
+class _Call(NamedTuple):
+    """Shapes in one call of a module; None for what is no tensor."""
+
+    inputs: tuple[torch.Size | None, ...]
+    outputs: tuple[torch.Size | None, ...]
+
+
+Layouts = dict[str, dict[tuple[Any, ...], Layout | None]]
+"""By module, by structure of its inputs; None where calls of one structure differ in their rows' dimension."""
+
+
+class CannotSplitError(Exception):
+    """A module cannot run on some of the rows; says why."""
+
+
+class MixedBatch:
+    """The state of one mixed batch.
+
+    Args:
+        root: the model.
+        names: an adapter's name, or [`BASE`], for each row.
+        parts: the modules that may run on some of the rows.
+        known: what was found out about them before; added to.
+        run_root: runs the model's own forward, its first argument, with the parameters that the model itself owns.
+        expand: rows that generation makes of one.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        names: Sequence[str],
+        parts: Sequence[Part],
+        known: dict[Any, Layouts],
+        run_root: Call | None = None,
+        expand: int = 1,
+    ) -> None:
+        self.root = root
+        self.names = list(names)
+        self._run_root_with = run_root
+        self._parts = parts
+        self._known = known
+        self._expand = expand
+        self._layouts: Layouts | None = None
+        self._calls: dict[str, list[tuple[tuple[Any, ...], _Call]]] | None = None
+
+    # What layers ask
+
+    def selected(self, layer: Layer, name: str) -> list[str]:
+        """The adapter that changes the layer's parameter in the rows that run just now, if any."""
+        names = set(self.names)
+        changing = [adapter for adapter in sorted(names) if adapter != BASE and layer.changes(adapter, name)]
+        if changing and len(names) > 1:
+            raise CannotSplitError(f"{layer.parameter_key(name)} is read without running its module")
+        return changing
+
+    # Running
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within, the parts run on the rows of each adapter."""
+        hooked: list[nn.Module] = []
+
+        def replace(module: nn.Module, forward: Call) -> None:
+            # wraps: generation looks at the signature for what the model takes.
+            module.forward = functools.wraps(module.forward)(forward)
+            hooked.append(module)
+
+        try:
+            for part in self._parts:
+                replace(part.module, functools.partial(self._run, part))
+            own, root = self._run_root_with, self.root
+            call = root.forward if own is None else functools.partial(own, root.forward)
+            replace(root, functools.partial(self._run_root, root, call))
+            encoder: Any = cast(Any, root).get_encoder() if _is_encoder_decoder(root) else None
+            if isinstance(encoder, nn.Module) and encoder not in hooked:  # generation runs it by itself
+                replace(encoder, functools.partial(self._run_root, encoder, encoder.forward))
+            yield
+        finally:
+            for module in hooked:
+                del module.forward
+
+    @contextmanager
+    def _rows_of(self, names: list[str]) -> Iterator[None]:
+        before, self.names = self.names, names
+        try:
+            yield
+        finally:
+            self.names = before
+
+    def _run_root(self, root: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
+        if self._layouts is not None or self._calls is not None:
+            return call(*args, **kwargs)  # within a root that runs already
+        leaves, spec = tree_flatten((args, kwargs))
+        rows = _rows(root, args, kwargs)
+        if rows not in (len(self.names), len(self.names) * self._expand):
+            raise ValueError(
+                f"adapter_names has {len(self.names)} names for a batch of {rows} rows; give one name for each row"
+            )
+        names = [name for name in self.names for _ in range(rows // len(self.names))]
+        inputs = tuple(0 if _is_row_tensor(leaf, rows) else None for leaf in leaves)
+        structure = (type(root).__qualname__, *_structure(leaves, spec))
+        with self._rows_of(names):
+            if len(set(names)) == 1:
+                return call(*args, **kwargs)
+            if structure not in self._known:
+                self._known[structure] = self._trace(root, call, leaves, spec, inputs)
+            self._layouts = self._known[structure]
+            try:
+                return call(*args, **kwargs)
+            except CannotSplitError as reason:
+                return self._run_whole(root, call, leaves, spec, reason)
+            finally:
+                self._layouts = None
+
+    def _run_whole(
+        self,
+        root: nn.Module,
+        call: Call,
+        leaves: list[Any],
+        spec: TreeSpec,
+        reason: CannotSplitError,
+    ) -> Any:
+        """Run the model once for each adapter; without a cache, which nobody could put together, unless it is asked for."""
+        assert self._layouts is not None
+        layout = next(iter(self._layouts[""].values()))
+        opaque = [type(leaf).__name__ for leaf in leaves if not _is_plain(leaf)]
+        if opaque or layout is None:
+            raise NotImplementedError(
+                f"a batch that mixes adapters needs the rows of every module's input apart, but {reason}; and the model "
+                f"cannot run once for each adapter because of {', '.join(opaque) or 'its outputs'}: use one batch for each "
+                "adapter, or use_cache=False"
+            )
+        args, kwargs = tree_unflatten(leaves, spec)
+        if _caches(root) and kwargs.get("use_cache") is None:
+            call = functools.partial(call, use_cache=False)
+            kwargs.pop("use_cache", None)
+            leaves, spec = tree_flatten((args, kwargs))
+        groups: dict[str, list[int]] = {}
+        for row, name in enumerate(self.names):
+            groups.setdefault(name, []).append(row)
+        try:
+            calls = [(call, rows) for rows in groups.values()]
+            inputs = tuple(0 if _is_row_tensor(leaf, len(self.names)) else None for leaf in leaves)
+            return self._by_rows(calls, Layout(inputs, layout.outputs), leaves, spec, False, "the model")
+        except CannotSplitError as why:
+            raise NotImplementedError(
+                f"a batch that mixes adapters needs the rows of every module's input apart, but {reason}; and of the "
+                f"outputs of one run for each adapter {why}: use one batch for each adapter"
+            ) from None
+
+    def _run(self, part: Part, *args: Any, **kwargs: Any) -> Any:
+        if self._calls is not None:
+            return self._record(part.key, functools.partial(part.call, BASE), args, kwargs)
+        changing = [name for name in dict.fromkeys(self.names) if name != BASE and part.changed_by(name)]
+        if not changing or len(set(self.names)) == 1:
+            return part.call(changing[0] if changing else BASE, *args, **kwargs)
+        if self._layouts is None:
+            raise ValueError(f"{part.key} runs outside of the model's forward, where adapter_names has no rows to name")
+        groups: dict[str, list[int]] = {}
+        for row, name in enumerate(self.names):
+            groups.setdefault(name if name in changing else BASE, []).append(row)
+        leaves, spec = tree_flatten((args, kwargs))
+        layout = (self._layouts or {}).get(part.key, {}).get(_structure(leaves, spec))
+        if layout is None:
+            raise CannotSplitError(f"where {part.key} has them cannot be told")
+        opaque = [type(leaf).__name__ for leaf in leaves if not _is_plain(leaf)]
+        if opaque:
+            raise CannotSplitError(f"{part.key} takes {', '.join(opaque)}")
+        calls = [(functools.partial(part.call, name), rows) for name, rows in groups.items()]
+        return self._by_rows(calls, layout, leaves, spec, part.shared_rows, part.key)
+
+    def _by_rows(
+        self,
+        calls: Sequence[tuple[Call, list[int]]],
+        layout: Layout,
+        leaves: list[Any],
+        spec: TreeSpec,
+        shared_rows: bool,
+        key: str,
+    ) -> Any:
+        """Make each call on its rows and put what comes out back in the rows' order."""
+        total, outputs = len(self.names), []
+        groups = [rows for _, rows in calls]
+        for call, rows in calls:
+            own = [_take(leaf, dim, rows, total, key) for leaf, dim in zip(leaves, layout.inputs, strict=True)]
+            args, kwargs = tree_unflatten(own, spec)
+            with self._rows_of([self.names[row] for row in rows]):
+                outputs.append(tree_flatten(call(*args, **kwargs)))
+        if any(len(leaves) != len(layout.outputs) for leaves, _ in outputs):
+            raise CannotSplitError(f"{key} gives other outputs than for a few rows")
+        joined = [
+            _join(parts, dim, groups, total, shared_rows, key)
+            for parts, dim in zip(zip(*(leaves for leaves, _ in outputs), strict=True), layout.outputs, strict=True)
+        ]
+        return tree_unflatten(joined, outputs[0][1])
+
+    # Finding the rows
+
+    @torch.no_grad()
+    def _trace(
+        self, root: nn.Module, call: Call, leaves: list[Any], spec: TreeSpec, inputs: tuple[int | None, ...]
+    ) -> Layouts:
+        """Run the base model on two and on three rows and compare the shapes."""
+        traces = []
+        for count in (2, 3):
+            index = [row % len(self.names) for row in range(count)]
+            few = [
+                leaf.index_select(0, torch.tensor(index, device=leaf.device)) if dim == 0 else _plain(leaf)
+                for leaf, dim in zip(leaves, inputs, strict=True)
+            ]
+            args, kwargs = tree_unflatten(few, spec)
+            if _caches(root):
+                kwargs["use_cache"] = False
+            self._calls = {}
+            try:
+                with self._rows_of([BASE] * count):
+                    self._record("", call, args, kwargs)
+                traces.append(self._calls)
+            finally:
+                self._calls = None
+        return _layouts(*traces)
+
+    def _record(self, key: str, call: Call, args: Any, kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        output = call(*args, **kwargs)
+        results, _ = tree_flatten(output)
+        assert self._calls is not None
+        shapes = tuple(map(_shape, leaves)), tuple(map(_shape, results))
+        self._calls.setdefault(key, []).append((_structure(leaves, spec), _Call(*shapes)))
+        return output
+
+
+def _layouts(two: dict[str, Any], three: dict[str, Any]) -> Layouts:
+    layouts: Layouts = {}
+    for key in two.keys() & three.keys():
+        found: dict[tuple[Any, ...], Layout | None] = {}
+        if len(two[key]) == len(three[key]):
+            for (structure, small), (other, large) in zip(two[key], three[key], strict=True):
+                layout = _compare(small, large) if structure == other else None
+                found[structure] = layout if found.get(structure, layout) == layout else None
+        layouts[key] = found
+    return layouts
+
+
+def _compare(two: _Call, three: _Call) -> Layout | None:
+    if len(two.outputs) != len(three.outputs):
+        return None
+    try:
+        return Layout(
+            *(
+                tuple(_row_dim(a, b) for a, b in zip(small, large, strict=True))
+                for small, large in ((two.inputs, three.inputs), (two.outputs, three.outputs))
+            )
+        )
+    except CannotSplitError:
+        return None
+
+
+def _row_dim(two: torch.Size | None, three: torch.Size | None) -> int | None:
+    if two is None or three is None:
+        return None
+    grown = [dim for dim, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
+    if not grown:
+        return None
+    if len(grown) > 1 or two[grown[0]] * 3 != three[grown[0]] * 2:
+        raise CannotSplitError("no one dimension grows with the rows")
+    return grown[0]
+
+
+def _is_encoder_decoder(root: nn.Module) -> bool:
+    return bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False))
+
+
+def _caches(root: nn.Module) -> bool:
+    return "use_cache" in inspect.signature(root.forward).parameters
+
+
+def _rows(root: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    name = getattr(root, "main_input_name", "input_ids")
+    leaves, _ = tree_flatten((kwargs.get(name), args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+    if not tensors:
+        raise ValueError("adapter_names names the rows of a batch, but the model was given no tensor with rows")
+    return tensors[0].shape[0]
+
+
+def _is_row_tensor(leaf: Any, rows: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
+
+
+def _is_plain(leaf: Any) -> bool:
+    plain = (Tensor, str, bool, int, float, torch.dtype, torch.device, type(None))
+    return isinstance(leaf, plain)
+
+
+def _plain(leaf: Any) -> Any:
+    """Caches are left out when rows are looked for."""
+    return leaf if _is_plain(leaf) else None
+
+
+def _shape(leaf: Any) -> torch.Size | None:
+    return leaf.shape if isinstance(leaf, Tensor) else None
+
+
+def _structure(leaves: list[Any], spec: TreeSpec) -> tuple[Any, ...]:
+    return str(spec), tuple(leaf.ndim if isinstance(leaf, Tensor) else None for leaf in leaves)
+
+
+def _times(size: int, total: int, key: str) -> int:
+    """How many entries of a dimension belong to one row."""
+    if size % total:
+        raise CannotSplitError(f"{key} has {size} entries for {total} rows")
+    return size // total
+
+
+def _index(rows: list[int], times: int, device: torch.device) -> Tensor:
+    index = torch.tensor(rows, device=device)
+    return (index[:, None] * times + torch.arange(times, device=device)).flatten() if times > 1 else index
+
+
+def _take(leaf: Any, dim: int | None, rows: list[int], total: int, key: str) -> Any:
+    if dim is None:
+        return leaf
+    times = _times(leaf.shape[dim], total, key)
+    if rows == list(range(rows[0], rows[-1] + 1)):
+        return leaf.narrow(dim, rows[0] * times, len(rows) * times)
+    return leaf.index_select(dim, _index(rows, times, leaf.device))
+
+
+def _join(
+    parts: Sequence[Any], dim: int | None, groups: list[list[int]], total: int, shared_rows: bool, key: str
+) -> Any:
+    first = parts[0]
+    if not isinstance(first, Tensor):
+        if not all(_is_plain(part) and part == first for part in parts):
+            raise CannotSplitError(f"{key} gives {type(first).__name__}, which cannot be put together")
+        return first
+    if dim is None:
+        if all(torch.equal(part, first) for part in parts[1:]):
+            return first
+        if not (shared_rows and first.ndim and first.shape[0] == 1):
+            raise CannotSplitError(f"{key} gives one result for all rows")
+        # One row that would be broadcast: a row for each instead.
+        parts = [part.expand(len(rows), *part.shape[1:]) for part, rows in zip(parts, groups, strict=True)]
+        dim, times = 0, 1
+    else:
+        times = _times(first.shape[dim], len(groups[0]), key)
+    shape = list(first.shape)
+    shape[dim] = total * times
+    joined = first.new_empty(shape)
+    for part, rows in zip(parts, groups, strict=True):
+        joined.index_copy_(dim, _index(rows, times, joined.device), part)
+    return joined

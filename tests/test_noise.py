@@ -1,0 +1,139 @@
+"""Noise of the gates: its range, what it follows from, and one seed a parameter and pass."""
+
+import pickle
+from copy import deepcopy
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from diffpeft import DiffPruningConfig
+from diffpeft.noise import NOISE_MARGIN, NoisePass, new_seed, uniform
+
+
+def test_noise_lies_within_its_margin_and_is_uniform(device):
+    noise = uniform(new_seed(), 100_000, device)
+    assert noise.dtype == torch.float32
+    assert noise.device.type == device
+    assert float(noise.min()) >= NOISE_MARGIN * 0.999
+    assert float(noise.max()) <= 1 - NOISE_MARGIN * 0.999
+    shares = torch.histc(noise, bins=10, min=0, max=1) / len(noise)
+    torch.testing.assert_close(shares, torch.full_like(shares, 0.1), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_noise_has_as_many_numbers_as_asked_for(device, count):
+    assert uniform(new_seed(), count, device).shape == (count,)
+
+
+def test_noise_follows_from_its_seed_and_that_from_torchs_generator(device):
+    torch.manual_seed(3)
+    first, second = new_seed(), new_seed()
+    torch.manual_seed(3)
+    assert new_seed() == first
+    assert torch.equal(uniform(first, 50, device), uniform(first.clone(), 50, device))
+    assert not torch.isclose(uniform(first, 50, device), uniform(second, 50, device)).any()
+
+
+def test_seeds_go_on_from_a_restored_generator():
+    new_seed()
+    state = torch.get_rng_state()
+    expected = new_seed()
+    torch.set_rng_state(state)
+    assert new_seed() == expected
+
+
+def test_the_operator_for_compilers_gives_the_same_noise(device):
+    seed = new_seed()
+    assert torch.equal(torch.ops.diffpeft.uniform(seed, 9, torch.device(device)), uniform(seed, 9, device))
+
+
+class Twice(nn.Module):
+    """Uses one linear layer twice, and an embedding whose weight is the output layer's."""
+
+    def __init__(self, checkpointed: bool = False, reentrant: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.shared = nn.Linear(4, 4)
+        self.out = nn.Linear(4, 7, bias=False)
+        self.out.weight = self.embed.weight
+        self.checkpointed, self.reentrant = checkpointed, reentrant
+        self.weights: list[torch.Tensor] = []
+
+    def block(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.shared.weight
+        self.weights.append(weight.detach().clone())
+        return torch.tanh(torch.nn.functional.dropout(self.shared(x), 0.1))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        self.weights = [self.embed.weight.detach().clone(), self.out.weight.detach().clone()]
+        for _ in range(2):
+            x = checkpoint(self.block, x, use_reentrant=self.reentrant) if self.checkpointed else self.block(x)
+        return self.out(x)
+
+
+def twice(**kwargs: bool) -> nn.Module:
+    torch.manual_seed(0)
+    config = DiffPruningConfig(target_density=0.1, init_weights=False, init_log_alpha=0.0)
+    return get_peft_model(Twice(**kwargs), config).train()
+
+
+IDS = torch.arange(7)[None]
+
+
+def test_a_pass_has_one_gate_a_parameter_however_often_it_is_used():
+    model = twice()
+    model(IDS)
+    embed, out, first, second = model.base_model.model.weights
+    assert torch.equal(embed, out)
+    assert torch.equal(first, second)
+    model(IDS)
+    assert not torch.equal(model.base_model.model.weights[0], embed)
+
+
+def gradients(model: nn.Module, passes: int = 1) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    # Several passes before one backward: the replays belong to different ones.
+    sum(model(IDS).square().sum() for _ in range(passes)).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_replays_the_same_gates(passes, reentrant):
+    expected = gradients(twice(), passes)
+    actual = gradients(twice(checkpointed=True, reentrant=reentrant), passes)
+    assert expected.keys() == actual.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(actual[name], gradient), name
+
+
+def test_only_so_many_repeated_uses_are_remembered(monkeypatch):
+    monkeypatch.setattr("diffpeft.noise.ALIASES", 2)
+    noise = NoisePass()
+    noise._begin(nn.Module(), ())
+    for _ in range(5):
+        noise.seed("a")
+    assert len(noise._aliases) == 2
+
+
+@pytest.mark.parametrize(
+    "copy", [deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_of_a_model_has_passes_of_its_own(copy):
+    model = twice()
+    copied = copy(model)
+    expected, actual = gradients(model), gradients(copied)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    model.base_model.model.shared.noise._begin(model, ())
+    assert copied.base_model.model.shared.noise._first is None
+
+
+def test_unloading_takes_the_hooks_off():
+    model = twice()
+    base = model.unload()
+    assert not base._forward_hooks
+    assert not base._forward_pre_hooks
