@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.quantization_utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 
 from diffpeft import gates, positions
@@ -56,8 +57,20 @@ def own_shapes(module: nn.Module) -> dict[str, torch.Size]:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether PEFT knows the module as one with a quantised weight."""
-    # The argument matters for merging alone, which is refused.
-    return resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None) is not None
+    return _backend(module) is not None
+
+
+def _backend(module: nn.Module) -> QuantizationBackend | None:
+    # What the argument is called with matters for merging alone, which is refused.
+    return resolve_quantization_backend(module, get_apply_tensor_subclass=_no_subclass)
+
+
+def _no_subclass() -> None:
+    return None
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -104,14 +117,23 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         self.ties = ties
         self.shapes = {name: shape for name, shape in own_shapes(base_layer).items() if name not in ties}
         """Shapes of the parameters that this layer adapts, by their name in the module."""
-        self.quantized = is_quantized(base_layer)
-        for name in (*self.adapter_layer_names, *self.other_param_names):
+        self.quantization_backend = _backend(base_layer)
+        for name in self._all_names():
             setattr(self, name, nn.ModuleDict())
         self.configs: dict[str, DiffPruningConfig] = {}
         self.merged_adapters: list[str] = []
         self._unpacked: dict[tuple[str, str], _Unpacked] = {}
         self._disable_adapters = False
+        self._trained: set[str] = set()  # while adapters are disabled: those that train otherwise
         self._active_adapter: str | list[str] = []
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the wrapped module's weight is quantised, so that a diff cannot be added to it."""
+        return self.quantization_backend is not None
+
+    def _all_names(self) -> tuple[str, ...]:
+        return (*self.adapter_layer_names, *self.other_param_names)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that this layer adapts, by their name in the module; a quantised weight as it is stored."""
@@ -126,6 +148,21 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def parameter_key(self, name: str) -> str:
         """The name in the base model of the wrapped module's parameter `name`."""
         return f"{self.key}.{name}" if self.key else name
+
+    def _is_offloaded(self) -> bool:
+        """Whether the parameters are brought to a device only while the module runs."""
+        hook = getattr(self.base_layer, "_hf_hook", None)
+        return isinstance(hook, AlignDevicesHook) and bool(hook.offload)
+
+    def _check_loaded(self) -> None:
+        """Raise ValueError where a gating adapter on offloaded parameters was never loaded."""
+        for adapter_name, tensors in self.diffpruning_w.items():
+            for name, w in tensors.items():
+                if bool(w.isnan().any()):
+                    raise ValueError(
+                        f"{self.parameter_key(name)}, adapter {adapter_name!r}: w was never loaded or is damaged; load the "
+                        "adapter anew, with PeftModel.from_pretrained"
+                    )
 
     def _device(self) -> torch.device:
         """Where the adapter's tensors belong: beside the parameters, or where these are brought to run."""
@@ -160,6 +197,8 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         for name, shape in self.shapes.items():
             zeros = torch.zeros(shape, dtype=torch.float32, device=self._device())
             w[name] = nn.Parameter(zeros if config.init_weights else torch.randn_like(zeros).mul_(0.02))
+            if config.inference_mode and self._is_offloaded():
+                w[name].data.fill_(torch.nan)  # some loaders leave what is offloaded as it was: it must not pass for w
             if not config.gated:
                 continue
             log_alpha[name] = nn.Parameter(torch.full_like(zeros, config.init_log_alpha))
@@ -175,8 +214,9 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         self._set_trainable(adapter_name)
 
     def start_fixmask(self, adapter_name: str, nnz: dict[str, int]) -> None:
-        """Give the adapter room for `nnz` values a parameter, in place of what it had; they are zeros, and their
-        positions nowhere, until a file or [`set_diff`] fills them.
+        """Give the adapter room for `nnz` values a parameter, in place of what it had. Until a file or
+        [`set_diff`] fills them they are NaN and their positions nowhere, so that what was never loaded is not taken for a
+        diff of zeros.
 
         Parameters without nonzeros take no tensors at all.
         """
@@ -190,8 +230,8 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                     f"nnz_pattern gives {self.parameter_key(name)} {count} nonzeros, but it has {numel} elements; the "
                     "adapter belongs to another model"
                 )
-            zeros = torch.zeros(count, dtype=torch.float32, device=self._device())
-            values[name] = nn.Parameter(torch.randn_like(zeros).mul_(0.02) if random else zeros)
+            unknown = torch.full((count,), torch.nan, dtype=torch.float32, device=self._device())
+            values[name] = nn.Parameter(unknown if not random else torch.randn_like(unknown).mul_(0.02))
             size = positions.packed_size(count, numel)
             packed[name] = torch.zeros(size, dtype=torch.uint8, device=self._device())
         getattr(self, VALUES)[adapter_name] = values
@@ -215,10 +255,12 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
             if where.numel():
                 numel = self.shapes[name].numel()
                 getattr(self, VALUES)[adapter_name][name] = nn.Parameter(values.clone(), requires_grad=trainable)
-                getattr(self, POSITIONS)[adapter_name][name] = positions.pack(where, numel)
+                packed = positions.pack(where, numel)
+                getattr(self, POSITIONS)[adapter_name][name] = packed
+                self._unpacked[adapter_name, name] = _Unpacked(packed, _version(packed), where.clone())
 
     def _clear(self, adapter_name: str) -> None:
-        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+        for attribute in self._all_names():
             container: Any = getattr(self, attribute)
             if adapter_name in container:
                 del container[adapter_name]
@@ -228,6 +270,21 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         """Remove the adapter's tensors (PEFT's hook)."""
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
+        self._trained.discard(adapter_name)
+        self.forget_positions(adapter_name)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off (PEFT's hook); what did not train before they were off does not after."""
+        if not enabled and not self.disable_adapters:
+            self._trained = {
+                name for name in self.configs if any(p.requires_grad for p in self.adapter_parameters(name))
+            }
+        was_disabled = self.disable_adapters
+        super().enable_adapters(enabled)
+        if enabled and was_disabled:
+            for name in self.configs.keys() - self._trained:
+                for parameter in self.adapter_parameters(name):
+                    parameter.requires_grad_(False)
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether this layer holds the adapter."""
@@ -277,16 +334,25 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         packed = self.diffpruning_positions[adapter_name][name]
         cached = self._unpacked.get((adapter_name, name))
         # A compiler cannot trace versions; `forget_positions` sees to it that a compiled step has nothing stale.
-        version = 0 if torch.compiler.is_compiling() or packed.is_inference() else packed._version
+        version = 0 if torch.compiler.is_compiling() else _version(packed)
         current = torch.compiler.is_compiling() or (cached is not None and cached.version == version)
         if cached is None or cached.packed is not packed or not current:
-            count, numel = self.diffpruning_values[adapter_name][name].numel(), self.shapes[name].numel()
-            try:
-                decoded = positions.unpack(packed, count, numel)
-            except ValueError as error:
-                raise ValueError(f"{self.parameter_key(name)}, adapter {adapter_name!r}: {error}") from None
+            decoded = self._decode(adapter_name, name, packed)
             cached = self._unpacked[adapter_name, name] = _Unpacked(packed, version, decoded)
         return cached.positions
+
+    def _decode(self, adapter_name: str, name: str, packed: Tensor) -> Tensor:
+        values, numel = self.diffpruning_values[adapter_name][name], self.shapes[name].numel()
+        what = f"{self.parameter_key(name)}, adapter {adapter_name!r}"
+        if not torch.compiler.is_compiling():
+            if not bool(packed.any()):
+                raise ValueError(f"{what}: its positions were never loaded; load the adapter anew")
+            if bool(values.isnan().any()):
+                raise ValueError(f"{what}: its values were never loaded or are damaged; load the adapter anew")
+        try:
+            return positions.unpack(packed, values.numel(), numel)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error}") from None
 
     def forget_positions(self, adapter_name: str) -> None:
         """Decode the adapter's positions anew when they are next needed."""
@@ -318,7 +384,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the adapter's tensors beside the base parameters (PEFT's hook after loading); gates stay fp32."""
         target = self._device() if device is None else device
-        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+        for attribute in self._all_names():
             container: Any = getattr(self, attribute)
             if adapter_name not in container or target.type == "meta":
                 continue

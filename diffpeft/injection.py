@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.utils import TaskType
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from diffpeft import loading
 from diffpeft.adapter import own_shapes
@@ -19,6 +23,7 @@ from diffpeft.config import DiffPruningConfig
 from diffpeft.head import fresh_head
 from diffpeft.layer import DiffPruningLayer, RootParameters
 from diffpeft.noise import NoisePass
+from diffpeft.output import OutputLayer
 
 
 class Injection(BaseTuner):
@@ -55,7 +60,23 @@ class Injection(BaseTuner):
             head = [name for name in fresh_head(self.model) if name not in (peft_config.modules_to_save or [])]
             if head:
                 peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *head]
+        if peft_config.target_modules == "all-linear" and any(True for _ in self.all_layers()):
+            peft_config.target_modules = self._all_linear(peft_config)
         return peft_config
+
+    def _all_linear(self, peft_config: DiffPruningConfig) -> list[str]:
+        """What "all-linear" means in a model that is wrapped already, where PEFT would look for linear modules in vain:
+        the same modules as before."""
+        output = self.model.get_output_embeddings() if isinstance(self.model, PreTrainedModel) else None
+        heads = SEQ_CLS_HEAD_NAMES if output is None and peft_config.task_type == TaskType.SEQ_CLS else ()
+        names = []
+        for name, module in self.model.named_modules():
+            linear = module.base_layer if isinstance(module, DiffPruningLayer) else module
+            key = name.replace(".base_layer", "")
+            trained_whole = any(part in ("original_module", "modules_to_save") for part in key.split("."))
+            if isinstance(linear, (nn.Linear, Conv1D)) and module is not output and not trained_whole:
+                names.append(key)
+        return sorted(set(names) - set(heads))
 
     def _check_new_adapter_config(self, config: DiffPruningConfig) -> None:
         super()._check_new_adapter_config(config)
@@ -115,17 +136,19 @@ class Injection(BaseTuner):
         Raises:
             ValueError: a parameter out of reach; a pruned adapter with nonzeros where the model has no parameter.
         """
+        if any(config is self.peft_config[adapter_name] for n, config in self.peft_config.items() if n != adapter_name):
+            # One object for two adapters: pruning one would change what the other says of itself.
+            self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         layers = list(self.all_layers())
         self._owners = {parameter: owner for layer in layers for parameter, owner in _owners(layer).items()}
         self._noise = layers[0].noise if layers else NoisePass()
-        if state_dict is not None:
-            state_dict = {key.replace(".base_layer", ""): tensor for key, tensor in state_dict.items()}
         config = self.peft_config[adapter_name]
         with warnings.catch_warnings():
             if isinstance(self._check_target_module_exists(config, RootParameters.NAME), _ExcludedModule):
                 # PEFT does not know of these parameters and takes the exclusion for a mistake.
                 warnings.filterwarnings("ignore", "You have passed exclude_modules")
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            # The config says it all; from a file's keys PEFT would not find modules without nonzeros.
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         if not layers:
             self._noise.watch(model)
         for layer in self.all_layers():
@@ -136,6 +159,21 @@ class Injection(BaseTuner):
             self._adapt_root(model, adapter_name, config)
         del self._owners, self._noise
         self._check_coverage(adapter_name, config)
+        self._note_sharing()
+        if state_dict is not None:
+            loading.check_modules(self.all_layers(), adapter_name, state_dict)
+
+    def _note_sharing(self) -> None:
+        """Tell layers which of their parameters modules that are not adapted have too."""
+        layers = list(self.all_layers())
+        wrapped = {id(layer.base_layer) for layer in layers}
+        plain: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules():
+            if id(module) not in wrapped and not isinstance(module, (DiffPruningLayer, nn.ParameterDict)):
+                for parameter in module.parameters(recurse=False):
+                    plain.setdefault(id(parameter), []).append(name)
+        for layer in layers:
+            layer.shared_with = {n: plain[id(p)] for n, p in layer.own_parameters().items() if id(p) in plain}
 
     def _adapt_root(self, model: nn.Module, adapter_name: str, config: DiffPruningConfig) -> None:
         """Adapt the parameters that the model itself owns: PEFT looks at the modules in it alone."""
@@ -166,6 +204,11 @@ class Injection(BaseTuner):
                     f"{left[:5]}; name the modules to adapt in target_modules"
                 )
 
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The model's output layer, as a plain module with the effective weight."""
+        output: nn.Module | None = self.model.get_output_embeddings()
+        return OutputLayer(output) if isinstance(output, DiffPruningLayer) else output
+
     def train(self, mode: bool = True) -> Injection:
         """As of any module, but batch norms keep their running statistics: they are the base's, and no diff has them."""
         super().train(mode)
@@ -173,6 +216,16 @@ class Injection(BaseTuner):
             if isinstance(module, _BatchNorm):
                 module.eval()
         return self
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter or several the active ones, whose diffs add (PEFT's hook). Raises ValueError for others."""
+        self._check_names([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        super().set_adapter(adapter_name, inference_mode)
+
+    def _check_names(self, names: Iterable[str]) -> None:
+        unknown = sorted(set(names) - self.peft_config.keys())
+        if unknown:
+            raise ValueError(f"there is no adapter {unknown}; there are {sorted(self.peft_config)}")
 
     # Merging and unwrapping
 
@@ -183,6 +236,7 @@ class Injection(BaseTuner):
             adapter_names: the adapters, by default the active ones.
             safe_merge: raise ValueError where the result would not be finite.
         """
+        self._check_names(adapter_names or [])
         before = [(layer, list(layer.merged_adapters)) for layer in self.all_layers()]
         try:
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)

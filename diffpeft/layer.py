@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.hooks import AlignDevicesHook
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -50,6 +49,8 @@ class DiffPruningLayer(AdapterTensors):
         self.noise = NoisePass() if noise is None else noise
         self.mixed: MixedBatch | None = None
         """Which rows of the batch belong to which adapter, while they differ."""
+        self.shared_with: dict[str, list[str]] = {}
+        """Modules that have a parameter of this layer too and are not adapted, by the parameter's name."""
         self._merges: list[_Merge] = []
         self._running: dict[str, Tensor] = {}
         self.train(base_layer.training)
@@ -135,8 +136,7 @@ class DiffPruningLayer(AdapterTensors):
         """Run the wrapped module, hooks and all, with its effective parameters."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        hook = getattr(self.base_layer, "_hf_hook", None)
-        if isinstance(hook, AlignDevicesHook) and hook.offload:
+        if self._is_offloaded():
             return self._forward_offloaded(*args, **kwargs)
         return self._forward(*args, **kwargs)
 
@@ -162,12 +162,19 @@ class DiffPruningLayer(AdapterTensors):
         the plain ones again, out of the way."""
         module: Any = self.base_layer
         hook, hooked = module._hf_hook, module.forward
+        own = [tensors for name in self._all_names() for tensors in getattr(self, name).values()]
+        hooks = [(tensors, tensors._hf_hook) for tensors in own if hasattr(tensors, "_hf_hook")]
+        for tensors, its_hook in hooks:  # nothing else calls the containers of the adapters' tensors
+            its_hook.pre_forward(tensors)
+        self._check_loaded()
         args, kwargs = hook.pre_forward(module, *args, **kwargs)
         module.forward = module._old_forward
         try:
             output = self._forward(*args, **kwargs)
         finally:
             module.forward = hooked
+            for tensors, its_hook in hooks:
+                its_hook.post_forward(tensors, None)
         return hook.post_forward(module, output)
 
     def _add_to_quantized(self, output: Tensor, x: Tensor) -> Tensor:
@@ -217,6 +224,13 @@ class DiffPruningLayer(AdapterTensors):
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if not self.has_adapter(adapter_name):
                 continue
+            for name, others in self.shared_with.items():
+                if self.changes(adapter_name, name):
+                    raise ValueError(
+                        f"{self.parameter_key(name)} is also a parameter of {others}, which the adapter leaves alone: "
+                        f"merging adapter {adapter_name!r} would change them too; adapt or exclude all of them, or untie "
+                        "them"
+                    )
             if self.quantized and "weight" in (self.nnz(adapter_name) or {}):
                 raise ValueError(
                     f"{self.key} is quantised: merging adapter {adapter_name!r} into it would round it anew and lose both; "
@@ -288,7 +302,7 @@ class RootParameters(DiffPruningLayer):
 
     def __init__(self, model: nn.Module, noise: NoisePass) -> None:
         super().__init__(model, "", {}, noise)
-        self._plain: dict[str, nn.Parameter] = {}
+        self._plain: dict[str, nn.Parameter | None] = {}
 
     @property
     def module_key(self) -> str:
@@ -332,12 +346,9 @@ class RootParameters(DiffPruningLayer):
         model = self.base_layer
         for name, tensor in effective.items():
             if tensor is not model._parameters[name]:
-                self._plain[name] = model._parameters.pop(name)  # type: ignore[assignment]
-                self._running[name] = tensor
-                object.__setattr__(model, name, tensor)
+                self._plain[name], self._running[name] = model._parameters[name], tensor
+                model._parameters[name] = tensor  # type: ignore[assignment]
 
     def _put_back(self) -> None:
-        for name, parameter in self._plain.items():
-            object.__delattr__(self.base_layer, name)
-            self.base_layer._parameters[name] = parameter
+        self.base_layer._parameters.update(self._plain)
         self._plain, self._running = {}, {}

@@ -1,6 +1,6 @@
 """Bring an adapter that exists into the phase and the shapes of a file, and see that the two fit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -68,6 +68,17 @@ def rename(state_dict: dict[str, Tensor], keys: set[str]) -> dict[str, Tensor]:
     """Give the tensors of a file those of `keys` that mean the same: what else is wrapped differs between models."""
     by_name = {canonical(key): key for key in keys if PART in key}
     return {by_name.get(canonical(key), key) if PART in key else key: tensor for key, tensor in state_dict.items()}
+
+
+def check_modules(layers: Iterable[DiffPruningLayer], adapter_name: str, keys: Iterable[str]) -> None:
+    """Raise ValueError unless all of a file's tensors belong to modules that the adapter covers."""
+    covered = {layer.module_key for layer in layers if layer.has_adapter(adapter_name)}
+    unknown = sorted({canonical(key).split(PART)[0] for key in keys if PART in key} - covered)
+    if unknown:
+        raise ValueError(
+            f"the tensors belong to {len(unknown)} modules that adapter {adapter_name!r} does not cover, {unknown[:3]}; "
+            "they are of another model or config"
+        )
 
 
 def check_complete(model: dict[str, Tensor], adapter_name: str, state_dict: dict[str, Tensor]) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +14,16 @@ from torch import Tensor, nn
 
 from diffpeft import gate_update, gates, pruning
 from diffpeft.adapter import VALUES, GateTensors, is_quantized, own_shapes
+from diffpeft.combine import combine
 from diffpeft.config import DiffPruningConfig, check_density
-from diffpeft.injection import Injection
-from diffpeft.layer import DiffPruningLayer, RootParameters
-from diffpeft.mixed import BASE, MixedBatch, Part
+from diffpeft.layer import DiffPruningLayer
 from diffpeft.optimizer import check_replaceable, replace_parameters
+from diffpeft.serving import Serving
 
 GATING, FIXMASK = "gating", "fixmask"
 
 
-class DiffPruningModel(Injection):
+class DiffPruningModel(Serving):
     """Diff Pruning (arXiv 2012.07463) on a base model; what `peft_model.base_model` is.
 
     An adapter is in one of two phases. In "gating" every adapted parameter has a dense diff w and hard-concrete gates;
@@ -83,63 +82,6 @@ class DiffPruningModel(Injection):
         DistributedDataParallel, which reads this name, would send them around in every forward."""
         names = ("diffpruning_exp_avg", "diffpruning_group_exp_avg")
         return [f"base_model.{name}" for name, _ in self.named_buffers() if any(f".{part}" in name for part in names)]
-
-    # Mixed batches
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT's hook around forward and generate: takes `adapter_names`, an adapter's name or "__base__" a row."""
-        names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        self._check_mixed(names)
-        layers, root = list(self.all_layers()), getattr(self.model, RootParameters.NAME, None)
-        batch = MixedBatch(
-            self.model,
-            names,
-            self._parts(layers),
-            self.__dict__.setdefault("_row_layouts", {}),
-            root.run if isinstance(root, RootParameters) else None,
-            _beams(**kwargs),
-        )
-        for layer in layers:
-            layer.mixed = batch
-        try:
-            with batch.running():
-                yield
-        finally:
-            for layer in layers:
-                layer.mixed = None
-
-    def _check_mixed(self, names: Sequence[str]) -> None:
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names) or not names:
-            raise ValueError(f"adapter_names={names!r} must be a list with an adapter's name for each row")
-        unknown = sorted(set(names) - self.peft_config.keys() - {BASE})
-        if unknown:
-            raise ValueError(f"adapter_names has {unknown}, but there are {sorted(self.peft_config)} and {BASE!r}")
-        if self.training:
-            raise ValueError("adapter_names mixes adapters for inference; call model.eval() first, train one at a time")
-        for layer in self.all_layers():
-            if layer.merged:
-                raise ValueError(
-                    f"adapter_names cannot take {layer.merged_adapters} back out of the base weights of some rows; call "
-                    "unmerge_adapter() first"
-                )
-            if layer.disable_adapters:
-                raise ValueError("adapter_names was given while adapters are disabled; enable them, or leave it out")
-
-    def _parts(self, layers: Sequence[DiffPruningLayer]) -> list[Part]:
-        parts = []
-        for layer in layers:
-            if not isinstance(layer, RootParameters):
-                shared = isinstance(layer.base_layer, nn.Embedding)
-                parts.append(Part(layer, layer.key, layer.changes_any, partial(_run_layer, layer.forward), shared))
-        for name, module in self.model.named_modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                heads = module.modules_to_save
-                parts.append(Part(module, name, heads.__contains__, partial(_run_head, module), False))
-        return parts
 
     # Phases
 
@@ -243,7 +185,7 @@ class DiffPruningModel(Injection):
         if bool(torch.isfinite(torch.stack([group.elements.grad.sum() for group in groups]).sum())):
             if config.l0_lambda == "auto":
                 total, expected = self.num_base_parameters(), self.expected_nonzeros(name)
-                start = total * float(
+                start = self._count(name) * float(
                     torch.sigmoid(gates.open_logit(torch.tensor(config.init_log_alpha), config.stretch))
                 )
                 target = config.target_density * total
@@ -343,20 +285,87 @@ class DiffPruningModel(Injection):
                     diff[layer.parameter_key(parameter)] = pair
         return diff
 
+    # Combining
 
-def _run_layer(forward: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-    return forward(*args, **kwargs)
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        target_density: float | None = None,
+        heads_from: str | None = None,
+    ) -> None:
+        """Add a finished adapter that combines others; see [`diffpeft.combine.combine`]. It is frozen and not active.
 
+        Args:
+            adapters: finished adapters of this model.
+            weights: one a adapter.
+            adapter_name: the new adapter's name.
+            combination_type: "linear", "ties", "dare_linear", "dare_ties" or "magnitude_prune".
+            density: for all types but "linear", the share of each diff's nonzeros that goes in.
+            majority_sign_method: for TIES, "total" or "frequency".
+            target_density: nonzeros of the result at most, as a share of all base parameters; None keeps all.
+            heads_from: which adapter's heads (`modules_to_save`) the new one gets a copy of, where several have one:
+                heads of different tasks have no sum.
 
-def _run_head(wrapper: ModulesToSaveWrapper, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-    head = wrapper.original_module if adapter_name == BASE else wrapper.modules_to_save[adapter_name]
-    return head(*args, **kwargs)
+        Raises:
+            ValueError: a name that exists or does not; an adapter in gating; several heads without `heads_from`; what
+                `combine` refuses.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already; choose another name or delete it first")
+        for name in adapters:
+            if self.phase(self._name(name)) == GATING:
+                raise ValueError(f"adapter {name!r} is in gating; call magnitude_prune(adapter_name={name!r}) first")
+        heads = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        owners = [name for name in dict.fromkeys(adapters) if any(name in head.modules_to_save for head in heads)]
+        if heads_from is None and len(owners) > 1:
+            raise ValueError(f"{owners} have a head each, which cannot be summed; say whose to take with heads_from=")
+        if heads_from is not None and heads_from not in owners:
+            raise ValueError(f"heads_from={heads_from!r} has no head; use one of {owners}, or None")
+        total = self.num_base_parameters()
+        if target_density is not None:
+            check_density(target_density)
+        diff = combine(
+            [self.get_diff(name) for name in adapters],
+            weights,
+            combination_type,
+            density=density,
+            majority_sign_method=majority_sign_method,
+            max_nonzeros=None if target_density is None else max(1, round(target_density * total)),
+        )
+        nnz = {key: where.numel() for key, (where, _) in diff.items()}
+        source = heads_from or (owners[0] if owners else adapters[0])
+        self.peft_config[adapter_name] = replace(
+            self.peft_config[source],
+            **self._common_targets(adapters),
+            nnz_pattern=nnz,
+            target_density=max(sum(nnz.values()), 1) / total,
+            inference_mode=True,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for layer in self._layers(adapter_name):
+            keys = {layer.parameter_key(name): name for name in layer.shapes}
+            layer.set_diff(adapter_name, {name: diff[key] for key, name in keys.items() if key in diff})
+        for head in heads:
+            if source in head.modules_to_save:
+                head.modules_to_save[adapter_name].load_state_dict(head.modules_to_save[source].state_dict())
+        self.set_requires_grad(adapter_name, requires_grad=False)
 
-
-def _beams(num_beams: Any = None, num_return_sequences: Any = None, generation_config: Any = None, **_: Any) -> int:
-    """Rows that generation makes of each of its input's."""
-    told = [getattr(generation_config, name, None) for name in ("num_beams", "num_return_sequences")]
-    return max(int(count or 1) for count in (num_beams, num_return_sequences, *told))
+    def _common_targets(self, adapters: Sequence[str]) -> dict[str, Any]:
+        """What of the config says where the diffs of all these adapters are."""
+        fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        targets = [{field: getattr(self.peft_config[name], field) for field in fields} for name in adapters]
+        if all(target == targets[0] for target in targets):
+            return targets[0]
+        keys = sorted({layer.module_key for name in adapters for layer in self._layers(name)})
+        anywhere = any(target["target_modules"] is None for target in targets)
+        return {**dict.fromkeys(fields), "target_modules": None if anywhere else keys}
 
 
 def _with_gradient(tensors: GateTensors) -> gate_update.Gates:

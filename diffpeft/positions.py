@@ -58,6 +58,13 @@ def unpack(packed: Tensor, count: int, numel: int) -> Tensor:
     Raises:
         ValueError: the size does not fit (count, numel), or the bytes are no set of `count` positions below `numel`.
     """
+    if torch.compiler.is_compiling():  # numpy cannot be traced; the operator stands for it
+        decoded: Tensor = _unpack_operator(packed, count, numel)
+        return decoded
+    return _unpack(packed, count, numel)
+
+
+def _unpack(packed: Tensor, count: int, numel: int) -> Tensor:
     if packed.numel() != packed_size(count, numel):
         raise ValueError(
             f"{packed.numel()} bytes cannot hold {count} positions below {numel}, which take "
@@ -78,6 +85,16 @@ def unpack(packed: Tensor, count: int, numel: int) -> Tensor:
     positions = torch.from_numpy(result).to(packed.device)
     check(positions, numel)
     return positions
+
+
+@torch.library.custom_op("diffpeft::unpack", mutates_args=())
+def _unpack_operator(packed: Tensor, count: int, numel: int) -> Tensor:
+    return _unpack(packed, count, numel)
+
+
+@_unpack_operator.register_fake
+def _(packed: Tensor, count: int, numel: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64, device=packed.device)
 
 
 def check(positions: Tensor, numel: int) -> None:

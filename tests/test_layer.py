@@ -124,7 +124,7 @@ def test_positions_follow_a_buffer_that_is_filled_behind_the_layers_back():
 def test_damaged_positions_name_parameter_and_adapter():
     layer = make_layer(nn.Linear(9, 9))
     random_diff(layer)
-    layer.diffpruning_positions["a"]["weight"].zero_()
+    layer.diffpruning_positions["a"]["weight"].fill_(255)
     with pytest.raises(ValueError, match=r"m\.weight, adapter 'a': .*damaged"):
         layer(torch.randn(1, 9))
 

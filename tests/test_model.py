@@ -468,3 +468,111 @@ def test_a_file_that_does_not_fit_is_refused(pruned, tiny_bert, tmp_path, damage
 
 def test_base_model_of_a_peft_model_is_the_tuner(pruned):
     assert isinstance(pruned.base_model, DiffPruningModel)
+
+
+def several(base, **heads):
+    """Three finished adapters with other positions and values each."""
+    settings = {"target_density": 0.02, "init_weights": False, **heads}
+    model = get_peft_model(base, DiffPruningConfig(**settings), adapter_name="one")
+    for name in ("two", "three"):
+        model.add_adapter(name, DiffPruningConfig(**settings))
+    for name in ("one", "two", "three"):
+        model.base_model.magnitude_prune(adapter_name=name)
+    return model
+
+
+def dense(model, name):
+    """The diff as dense tensors, from the public contract."""
+    shapes = {n.replace(".base_layer", ""): p.shape for n, p in model.base_model.model.named_parameters()}
+    deltas = {}
+    for key, (positions, values) in model.base_model.get_diff(name).items():
+        deltas[key] = torch.zeros(shapes[key]).flatten().index_put((positions,), values).reshape(shapes[key])
+    return deltas
+
+
+def test_a_weighted_adapter_is_the_weighted_sum(tiny_bert, batch):
+    model = several(tiny_bert(), target_modules="all-linear", modules_to_save=None, task_type=None)
+    tuner = model.base_model
+    tuner.add_weighted_adapter(["one", "two"], [0.5, -2.0], "both")
+    one, two, both = dense(model, "one"), dense(model, "two"), dense(model, "both")
+    for key in one.keys() | two.keys():
+        expected = 0.5 * one.get(key, torch.zeros(())) - 2.0 * two.get(key, torch.zeros(()))
+        torch.testing.assert_close(both[key], expected)
+    assert tuner.phase("both") == "fixmask"
+    assert model.active_adapters == ["one"]
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".both." in n)
+    model.set_adapter("both")
+    assert not torch.equal(model.eval()(**batch).logits, tiny_bert()(**batch).logits)
+
+
+@pytest.mark.parametrize("combination", ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
+def test_a_weighted_adapter_keeps_a_budget_and_goes_through_a_file(tiny_bert, batch, tmp_path, combination):
+    model = several(tiny_bert(), target_modules="all-linear")
+    tuner = model.base_model
+    density = None if combination == "linear" else 0.7
+    tuner.add_weighted_adapter(["one", "two"], [1.0, 0.3], "both", combination, density, target_density=0.01)
+    budget = round(0.01 * tuner.num_base_parameters())
+    assert tuner.num_nonzeros("both") == budget
+    assert sum(tuner.peft_config["both"].nnz_pattern.values()) == budget
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    model.set_adapter("both")
+    loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path / "both")
+    assert torch.equal(loaded.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_a_weighted_adapter_of_adapters_on_other_modules(tiny_bert, batch):
+    model = get_peft_model(tiny_bert(), DiffPruningConfig(target_modules=["query"], init_weights=False), "one")
+    model.add_adapter("two", DiffPruningConfig(target_modules=["word_embeddings"], init_weights=False))
+    tuner = model.base_model
+    for name in ("one", "two"):
+        tuner.magnitude_prune(adapter_name=name)
+    tuner.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both")
+    assert tuner.get_diff("both").keys() == tuner.get_diff("one").keys() | tuner.get_diff("two").keys()
+    tuner.set_adapter(["one", "two"])
+    expected = model.eval()(**batch).logits
+    model.set_adapter("both")
+    torch.testing.assert_close(model.eval()(**batch).logits, expected)
+
+
+def test_heads_are_not_summed_but_taken(tiny_bert):
+    model = several(tiny_bert(), task_type="SEQ_CLS")
+    tuner = model.base_model
+    heads = tuner.model.classifier.modules_to_save
+    with torch.no_grad():
+        for index, head in enumerate(heads.values()):
+            head.weight.fill_(index)
+    with pytest.raises(ValueError, match="heads_from="):
+        tuner.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both")
+    with pytest.raises(ValueError, match="has no head"):
+        tuner.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both", heads_from="three")
+    tuner.add_weighted_adapter(["one", "two"], [1.0, 1.0], "both", heads_from="two")
+    assert torch.equal(heads["both"].weight, heads["two"].weight)
+    assert heads["both"].weight is not heads["two"].weight
+
+
+def test_adapters_that_cannot_be_combined(tiny_bert):
+    model = several(tiny_bert(), target_modules="all-linear")
+    model.add_adapter("young", DiffPruningConfig(target_modules="all-linear"))
+    combine = model.base_model.add_weighted_adapter
+    with pytest.raises(ValueError, match="already"):
+        combine(["one"], [1.0], "two")
+    with pytest.raises(ValueError, match="no adapter 'nobody'"):
+        combine(["one", "nobody"], [1.0, 1.0], "both")
+    with pytest.raises(ValueError, match=r"magnitude_prune\(adapter_name='young'\)"):
+        combine(["one", "young"], [1.0, 1.0], "both")
+    with pytest.raises(ValueError, match="one weight a diff"):
+        combine(["one", "two"], [1.0], "both")
+    with pytest.raises(ValueError, match="0 < target_density"):
+        combine(["one", "two"], [1.0, 1.0], "both", target_density=0.0)
+    assert "both" not in model.peft_config
+
+
+def test_the_schedule_of_a_subset_starts_from_the_subset(tiny_bert, batch):
+    """With a few adapted modules the density begins below 1, and lambda must pull from the first moving step."""
+    model = get_peft_model(tiny_bert(), DiffPruningConfig(target_modules=["query"], target_density=0.005)).train()
+    lambdas = []
+    for step in range(20):
+        model(**batch).loss.backward()
+        lambdas.append(model.base_model.gate_step(step, 20))
+        model.zero_grad()
+    assert lambdas[6] > 0, lambdas
