@@ -149,7 +149,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         """The name in the base model of the wrapped module's parameter `name`."""
         return f"{self.key}.{name}" if self.key else name
 
-    def _is_offloaded(self) -> bool:
+    def is_offloaded(self) -> bool:
         """Whether the parameters are brought to a device only while the module runs."""
         hook = getattr(self.base_layer, "_hf_hook", None)
         return isinstance(hook, AlignDevicesHook) and bool(hook.offload)
@@ -197,7 +197,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         for name, shape in self.shapes.items():
             zeros = torch.zeros(shape, dtype=torch.float32, device=self._device())
             w[name] = nn.Parameter(zeros if config.init_weights else torch.randn_like(zeros).mul_(0.02))
-            if config.inference_mode and self._is_offloaded():
+            if config.inference_mode and self.is_offloaded():
                 w[name].data.fill_(torch.nan)  # some loaders leave what is offloaded as it was: it must not pass for w
             if not config.gated:
                 continue

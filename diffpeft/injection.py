@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, onload_layer
 from peft.utils import TaskType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -237,13 +238,21 @@ class Injection(BaseTuner):
             safe_merge: raise ValueError where the result would not be finite.
         """
         self._check_names(adapter_names or [])
-        before = [(layer, list(layer.merged_adapters)) for layer in self.all_layers()]
+        before = [(layer, len(layer.merged_adapters)) for layer in self.all_layers()]
         try:
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+            for layer, _ in before:
+                with onload_layer(layer) if layer.is_offloaded() else nullcontext():
+                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         except ValueError:
             for layer, merged in before:
-                layer.unmerge(keep=len(merged))
+                layer.unmerge(keep=merged)
             raise
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base parameters, to the bit, of all merged adapters."""
+        for layer in self.all_layers():
+            with onload_layer(layer) if layer.is_offloaded() else nullcontext():
+                layer.unmerge()
 
     def _unload_and_optionally_merge(
         self,

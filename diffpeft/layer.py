@@ -136,7 +136,7 @@ class DiffPruningLayer(AdapterTensors):
         """Run the wrapped module, hooks and all, with its effective parameters."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self._is_offloaded():
+        if self.is_offloaded():
             return self._forward_offloaded(*args, **kwargs)
         return self._forward(*args, **kwargs)
 

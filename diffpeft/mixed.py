@@ -19,6 +19,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from diffpeft.rows import (
+    Call as Seen,
+)
+from diffpeft.rows import (
+    Calls,
+    CannotSplitError,
+    Layout,
+    Layouts,
+    find_layouts,
+    is_plain,
+    join,
+    sketch,
+    structure_of,
+    take,
+)
+
 BASE = "__base__"
 """PEFT's name for rows without an adapter."""
 
@@ -46,28 +62,6 @@ class Part(NamedTuple):
     """Runs it for the rows of an adapter, its first argument; [`BASE`] for those of several that do not change it."""
     shared_rows: bool
     """Whether an output with one row stands for all rows, and may be given a row for each instead."""
-
-
-class Layout(NamedTuple):
-    """For each tensor that goes into a module and comes out of it, the dimension that grows with the rows, or None."""
-
-    inputs: tuple[int | None, ...]
-    outputs: tuple[int | None, ...]
-
-
-class _Call(NamedTuple):
-    """Shapes in one call of a module; None for what is no tensor."""
-
-    inputs: tuple[torch.Size | None, ...]
-    outputs: tuple[torch.Size | None, ...]
-
-
-Layouts = dict[str, dict[tuple[Any, ...], Layout | None]]
-"""By module, by structure of its inputs; None where calls of one structure differ in their rows' dimension."""
-
-
-class CannotSplitError(Exception):
-    """A module cannot run on some of the rows; says why."""
 
 
 class MixedBatch:
@@ -98,7 +92,7 @@ class MixedBatch:
         self._known = known
         self._expand = expand
         self._layouts: Layouts | None = None
-        self._calls: dict[str, list[tuple[tuple[Any, ...], _Call]]] | None = None
+        self._calls: Calls | None = None
 
     # What layers ask
 
@@ -155,7 +149,7 @@ class MixedBatch:
             )
         names = [name for name in self.names for _ in range(rows // len(self.names))]
         inputs = tuple(0 if _is_row_tensor(leaf, rows) else None for leaf in leaves)
-        structure = (type(root).__qualname__, *_structure(leaves, spec))
+        structure = (type(root).__qualname__, *structure_of(leaves, spec))
         with self._rows_of(names):
             if len(set(names)) == 1:
                 return call(*args, **kwargs)
@@ -180,7 +174,7 @@ class MixedBatch:
         """Run the model once for each adapter; without a cache, which nobody could put together, unless it is asked for."""
         assert self._layouts is not None
         layout = next(iter(self._layouts[""].values()))
-        opaque = [type(leaf).__name__ for leaf in leaves if not _is_plain(leaf)]
+        opaque = [type(leaf).__name__ for leaf in leaves if not is_plain(leaf)]
         if opaque or layout is None:
             raise NotImplementedError(
                 f"a batch that mixes adapters needs the rows of every module's input apart, but {reason}; and the model "
@@ -217,10 +211,10 @@ class MixedBatch:
         for row, name in enumerate(self.names):
             groups.setdefault(name if name in changing else BASE, []).append(row)
         leaves, spec = tree_flatten((args, kwargs))
-        layout = (self._layouts or {}).get(part.key, {}).get(_structure(leaves, spec))
+        layout = (self._layouts or {}).get(part.key, {}).get(structure_of(leaves, spec))
         if layout is None:
             raise CannotSplitError(f"where {part.key} has them cannot be told")
-        opaque = [type(leaf).__name__ for leaf in leaves if not _is_plain(leaf)]
+        opaque = [type(leaf).__name__ for leaf in leaves if not is_plain(leaf)]
         if opaque:
             raise CannotSplitError(f"{part.key} takes {', '.join(opaque)}")
         calls = [(functools.partial(part.call, name), rows) for name, rows in groups.items()]
@@ -239,14 +233,14 @@ class MixedBatch:
         total, outputs = len(self.names), []
         groups = [rows for _, rows in calls]
         for call, rows in calls:
-            own = [_take(leaf, dim, rows, total, key) for leaf, dim in zip(leaves, layout.inputs, strict=True)]
+            own = [take(leaf, dim, rows, total, key) for leaf, dim in zip(leaves, layout.inputs, strict=True)]
             args, kwargs = tree_unflatten(own, spec)
             with self._rows_of([self.names[row] for row in rows]):
                 outputs.append(tree_flatten(call(*args, **kwargs)))
         if any(len(leaves) != len(layout.outputs) for leaves, _ in outputs):
             raise CannotSplitError(f"{key} gives other outputs than for a few rows")
         joined = [
-            _join(parts, dim, groups, total, shared_rows, key)
+            join(parts, dim, groups, total, shared_rows, key)
             for parts, dim in zip(zip(*(leaves for leaves, _ in outputs), strict=True), layout.outputs, strict=True)
         ]
         return tree_unflatten(joined, outputs[0][1])
@@ -275,53 +269,17 @@ class MixedBatch:
                 traces.append(self._calls)
             finally:
                 self._calls = None
-        return _layouts(*traces)
+        return find_layouts(*traces)
 
     def _record(self, key: str, call: Call, args: Any, kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         output = call(*args, **kwargs)
         results, _ = tree_flatten(output)
         assert self._calls is not None
-        shapes = tuple(map(_shape, leaves)), tuple(map(_shape, results))
-        self._calls.setdefault(key, []).append((_structure(leaves, spec), _Call(*shapes)))
+        rows = len(self.names)
+        seen = Seen(tuple(sketch(leaf, rows) for leaf in leaves), tuple(sketch(leaf, rows) for leaf in results))
+        self._calls.setdefault(key, []).append((structure_of(leaves, spec), seen))
         return output
-
-
-def _layouts(two: dict[str, Any], three: dict[str, Any]) -> Layouts:
-    layouts: Layouts = {}
-    for key in two.keys() & three.keys():
-        found: dict[tuple[Any, ...], Layout | None] = {}
-        if len(two[key]) == len(three[key]):
-            for (structure, small), (other, large) in zip(two[key], three[key], strict=True):
-                layout = _compare(small, large) if structure == other else None
-                found[structure] = layout if found.get(structure, layout) == layout else None
-        layouts[key] = found
-    return layouts
-
-
-def _compare(two: _Call, three: _Call) -> Layout | None:
-    if len(two.outputs) != len(three.outputs):
-        return None
-    try:
-        return Layout(
-            *(
-                tuple(_row_dim(a, b) for a, b in zip(small, large, strict=True))
-                for small, large in ((two.inputs, three.inputs), (two.outputs, three.outputs))
-            )
-        )
-    except CannotSplitError:
-        return None
-
-
-def _row_dim(two: torch.Size | None, three: torch.Size | None) -> int | None:
-    if two is None or three is None:
-        return None
-    grown = [dim for dim, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
-    if not grown:
-        return None
-    if len(grown) > 1 or two[grown[0]] * 3 != three[grown[0]] * 2:
-        raise CannotSplitError("no one dimension grows with the rows")
-    return grown[0]
 
 
 def _is_encoder_decoder(root: nn.Module) -> bool:
@@ -345,66 +303,6 @@ def _is_row_tensor(leaf: Any, rows: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
 
 
-def _is_plain(leaf: Any) -> bool:
-    plain = (Tensor, str, bool, int, float, torch.dtype, torch.device, type(None))
-    return isinstance(leaf, plain)
-
-
 def _plain(leaf: Any) -> Any:
     """Caches are left out when rows are looked for."""
-    return leaf if _is_plain(leaf) else None
-
-
-def _shape(leaf: Any) -> torch.Size | None:
-    return leaf.shape if isinstance(leaf, Tensor) else None
-
-
-def _structure(leaves: list[Any], spec: TreeSpec) -> tuple[Any, ...]:
-    return str(spec), tuple(leaf.ndim if isinstance(leaf, Tensor) else None for leaf in leaves)
-
-
-def _times(size: int, total: int, key: str) -> int:
-    """How many entries of a dimension belong to one row."""
-    if size % total:
-        raise CannotSplitError(f"{key} has {size} entries for {total} rows")
-    return size // total
-
-
-def _index(rows: list[int], times: int, device: torch.device) -> Tensor:
-    index = torch.tensor(rows, device=device)
-    return (index[:, None] * times + torch.arange(times, device=device)).flatten() if times > 1 else index
-
-
-def _take(leaf: Any, dim: int | None, rows: list[int], total: int, key: str) -> Any:
-    if dim is None:
-        return leaf
-    times = _times(leaf.shape[dim], total, key)
-    if rows == list(range(rows[0], rows[-1] + 1)):
-        return leaf.narrow(dim, rows[0] * times, len(rows) * times)
-    return leaf.index_select(dim, _index(rows, times, leaf.device))
-
-
-def _join(
-    parts: Sequence[Any], dim: int | None, groups: list[list[int]], total: int, shared_rows: bool, key: str
-) -> Any:
-    first = parts[0]
-    if not isinstance(first, Tensor):
-        if not all(_is_plain(part) and part == first for part in parts):
-            raise CannotSplitError(f"{key} gives {type(first).__name__}, which cannot be put together")
-        return first
-    if dim is None:
-        if all(torch.equal(part, first) for part in parts[1:]):
-            return first
-        if not (shared_rows and first.ndim and first.shape[0] == 1):
-            raise CannotSplitError(f"{key} gives one result for all rows")
-        # One row that would be broadcast: a row for each instead.
-        parts = [part.expand(len(rows), *part.shape[1:]) for part, rows in zip(parts, groups, strict=True)]
-        dim, times = 0, 1
-    else:
-        times = _times(first.shape[dim], len(groups[0]), key)
-    shape = list(first.shape)
-    shape[dim] = total * times
-    joined = first.new_empty(shape)
-    for part, rows in zip(parts, groups, strict=True):
-        joined.index_copy_(dim, _index(rows, times, joined.device), part)
-    return joined
+    return leaf if is_plain(leaf) else None

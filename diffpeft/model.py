@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -257,8 +258,12 @@ class DiffPruningModel(Serving):
             values = getattr(layer, VALUES)[name]
             replacement.update(dict.fromkeys(parameters))
             replacement.update({w[parameter]: values[parameter] for parameter in values})
+        # A copy: the caller's config stays what it was, to begin another adapter with.
+        config = self.peft_config[name] = copy.copy(config)
         config.target_density = density
         config.nnz_pattern = {key: count for key, (count, _) in per_parameter.items() if count}
+        for layer in old:
+            layer.configs[name] = config
         if optimizer is not None:
             replace_parameters(optimizer, replacement)
         return pruning.PruningSummary(k, total, threshold.value, per_parameter)

@@ -12,7 +12,8 @@ from torch import nn
 
 from diffpeft.injection import Injection
 from diffpeft.layer import DiffPruningLayer, RootParameters
-from diffpeft.mixed import BASE, Layouts, MixedBatch, Part
+from diffpeft.mixed import BASE, MixedBatch, Part
+from diffpeft.rows import Layouts
 
 
 class Serving(Injection):

