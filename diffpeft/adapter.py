@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 
-from diffpeft import gates, positions
+from diffpeft import gates, seal
 from diffpeft.config import DiffPruningConfig
 
 GATING_PARAMETERS = ("diffpruning_w", "diffpruning_log_alpha", "diffpruning_group_log_alpha")
@@ -88,7 +88,8 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
 
     - gating: `diffpruning_w` and `diffpruning_log_alpha` (shape of the parameter, fp32), `diffpruning_group_log_alpha`
       (shape (1,)), and as buffers the moments of the gates' gradients;
-    - fixmask: `diffpruning_values` (shape (k,), fp32) and, as a buffer, `diffpruning_positions` (packed, uint8).
+    - fixmask: `diffpruning_values` (shape (k,), fp32 while they train) and, as a buffer, `diffpruning_positions` (packed,
+      uint8).
 
     Args:
         base_layer: the module; its parameters stay as they are.
@@ -230,9 +231,10 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                     f"nnz_pattern gives {self.parameter_key(name)} {count} nonzeros, but it has {numel} elements; the "
                     "adapter belongs to another model"
                 )
-            unknown = torch.full((count,), torch.nan, dtype=torch.float32, device=self._device())
+            dtype = getattr(torch, self.configs[adapter_name].value_dtype)
+            unknown = torch.full((count,), torch.nan, dtype=dtype, device=self._device())
             values[name] = nn.Parameter(unknown if not random else torch.randn_like(unknown).mul_(0.02))
-            size = positions.packed_size(count, numel)
+            size = seal.size(count, numel)
             packed[name] = torch.zeros(size, dtype=torch.uint8, device=self._device())
         getattr(self, VALUES)[adapter_name] = values
         getattr(self, POSITIONS)[adapter_name] = packed
@@ -255,7 +257,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
             if where.numel():
                 numel = self.shapes[name].numel()
                 getattr(self, VALUES)[adapter_name][name] = nn.Parameter(values.clone(), requires_grad=trainable)
-                packed = positions.pack(where, numel)
+                packed = seal.pack(where, numel)
                 getattr(self, POSITIONS)[adapter_name][name] = packed
                 self._unpacked[adapter_name, name] = _Unpacked(packed, _version(packed), where.clone())
 
@@ -338,19 +340,36 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         current = torch.compiler.is_compiling() or (cached is not None and cached.version == version)
         if cached is None or cached.packed is not packed or not current:
             decoded = self._decode(adapter_name, name, packed)
+            if not torch.compiler.is_compiling() and seal.is_sealed(packed):
+                packed = packed.clone()
+                packed[: seal.SEAL] = 0  # from here on values may train
+                self.diffpruning_positions[adapter_name][name] = packed
+                version = _version(packed)
             cached = self._unpacked[adapter_name, name] = _Unpacked(packed, version, decoded)
         return cached.positions
+
+    def _as_stored(self, adapter_name: str, values: Tensor) -> Tensor:
+        """Values in their dtype in files; PEFT may have cast them to fp32."""
+        return values.detach().to(getattr(torch, self.configs[adapter_name].value_dtype))
+
+    def stored(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
+        """Values and positions as they go into a file: in the config's dtype, and sealed with these values."""
+        self.positions(adapter_name, name)  # what came from a file is checked before it gets a new seal
+        values = self._as_stored(adapter_name, self.diffpruning_values[adapter_name][name])
+        return values, seal.seal(self.diffpruning_positions[adapter_name][name], values)
 
     def _decode(self, adapter_name: str, name: str, packed: Tensor) -> Tensor:
         values, numel = self.diffpruning_values[adapter_name][name], self.shapes[name].numel()
         what = f"{self.parameter_key(name)}, adapter {adapter_name!r}"
         if not torch.compiler.is_compiling():
-            if not bool(packed.any()):
+            if packed.numel() > seal.SEAL and not bool(packed.any()):
                 raise ValueError(f"{what}: its positions were never loaded; load the adapter anew")
             if bool(values.isnan().any()):
                 raise ValueError(f"{what}: its values were never loaded or are damaged; load the adapter anew")
         try:
-            return positions.unpack(packed, values.numel(), numel)
+            if not torch.compiler.is_compiling():
+                seal.check(packed, self._as_stored(adapter_name, values))
+            return seal.unpack(packed, values.numel(), numel)
         except ValueError as error:
             raise ValueError(f"{what}: {error}") from None
 

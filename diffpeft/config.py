@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import os
+import tempfile
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 
+from diffpeft import seal
 from diffpeft.peft_type import DIFFPRUNING
 
 GROUP_PENALTIES = ("product", "additive")
+VALUE_DTYPES = ("float32", "bfloat16", "float16")
+FORMAT_VERSION = 1
+"""Of the adapter files that this version writes (docs/format.md), and the newest that it reads."""
 
 
 @dataclass
@@ -90,6 +100,19 @@ class DiffPruningConfig(PeftConfig):
         metadata={"help": "Nonzeros of each parameter, set by pruning. None until then. Not meant to be set by hand."},
     )
 
+    value_dtype: str = field(
+        default="float32",
+        metadata={"help": "dtype of the pruned diff's values, set by `cast_values` for a smaller file."},
+    )
+    base_fingerprint: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Some weights of the base model, by which it is known again. Not meant to be set by hand."},
+    )
+    heads_checksum: int | None = field(
+        default=None, metadata={"help": "Of what is saved beside the diff. Not meant to be set by hand."}
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Of the file. Not meant to be set by hand."})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = DIFFPRUNING
@@ -113,10 +136,28 @@ class DiffPruningConfig(PeftConfig):
             raise ValueError(
                 f"gate_learning_rate={self.gate_learning_rate} cannot move the gates; use a positive number or None"
             )
+        if self.value_dtype not in VALUE_DTYPES:
+            raise ValueError(f"value_dtype={self.value_dtype!r} is not known; use one of {VALUE_DTYPES}")
+        if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:
+            raise ValueError(
+                f"the adapter has format version {self.format_version!r}, this diffpeft reads 1 to {FORMAT_VERSION}; "
+                "install a newer one"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} does nothing without layers_to_transform; set both or neither"
             )
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json, at once or not at all, with the checksum of the heads in the adapter file there."""
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        saved = copy.copy(self)
+        weights = directory / SAFETENSORS_WEIGHTS_NAME
+        saved.heads_checksum = seal.checksum_of_heads(load_file(weights)) if weights.is_file() else None
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
+            super(DiffPruningConfig, saved).save_pretrained(scratch, **kwargs)
+            os.replace(Path(scratch) / CONFIG_NAME, directory / CONFIG_NAME)
 
 
 def check_density(density: float) -> None:

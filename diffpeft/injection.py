@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from diffpeft import loading
-from diffpeft.adapter import own_shapes
+from diffpeft import fingerprint, loading
+from diffpeft.adapter import POSITIONS, VALUES, own_shapes
 from diffpeft.config import DiffPruningConfig
 from diffpeft.head import fresh_head
 from diffpeft.layer import DiffPruningLayer, RootParameters
@@ -160,9 +160,30 @@ class Injection(BaseTuner):
             self._adapt_root(model, adapter_name, config)
         del self._owners, self._noise
         self._check_coverage(adapter_name, config)
+        self._check_base(adapter_name, config)
         self._note_sharing()
         if state_dict is not None:
             loading.check_modules(self.all_layers(), adapter_name, state_dict)
+
+    def _check_base(self, adapter_name: str, config: DiffPruningConfig) -> None:
+        """Note by what the base is known again, or warn if it is not the one that the diff was made from."""
+        parameters = {
+            layer.parameter_key(name): parameter
+            for layer in self.all_layers()
+            if layer.has_adapter(adapter_name) and not layer.merged
+            for name, parameter in layer.own_parameters().items()
+            if parameter.is_floating_point() and not parameter.is_meta
+        }
+        if config.base_fingerprint is None:
+            config.base_fingerprint = fingerprint.take(parameters)
+            return
+        other = fingerprint.differing(config.base_fingerprint, parameters)
+        if other:
+            warnings.warn(
+                f"adapter {adapter_name!r} was made from other base weights: {len(other)} of {len(parameters)} parameters "
+                f"differ, {other[:3]}; its diff means little here. Load {config.base_model_name_or_path!r} as it was",
+                stacklevel=2,
+            )
 
     def _note_sharing(self) -> None:
         """Tell layers which of their parameters modules that are not adapted have too."""
@@ -285,7 +306,30 @@ class Injection(BaseTuner):
         """PEFT's hook, which expects a weight: heads that are unwrapped may be modules of any kind."""
         setattr(parent, child_name, new_module)
 
-    # Loading
+    # Saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: DiffPruningConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What goes into the file (PEFT's hook): values in the config's dtype, positions with their seal."""
+        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        layers = {
+            n: m for n, m in model.named_modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)
+        }
+        for module, layer in layers.items():
+            for name in layer.nnz(adapter_name) or {}:
+                keys = [f"{module}.{kind}.{adapter_name}.{name}" for kind in (VALUES, POSITIONS)]
+                if all(key in tensors for key in keys):
+                    tensors.update(zip(keys, layer.stored(adapter_name, name), strict=True))
+        return tensors
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -4,12 +4,11 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
+from diffpeft import seal
 from diffpeft.adapter import POSITIONS, VALUES
 from diffpeft.config import DiffPruningConfig
 from diffpeft.layer import DiffPruningLayer
-
-PART = ".diffpruning_"
-"""In every key of a diff-pruning tensor, and in no other."""
+from diffpeft.seal import PART
 
 
 def adopt(
@@ -31,6 +30,10 @@ def adopt(
         raise ValueError(f"there are no diff-pruning tensors in what is to be loaded into adapter {adapter_name!r}")
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"adapter {adapter_name!r} is merged into the base model; unmerge it before loading over it")
+    if config.heads_checksum is not None:
+        expected, config.heads_checksum = config.heads_checksum, None  # the file's, not of what is trained from here on
+        if seal.checksum_of_heads(state_dict) != expected:
+            raise ValueError(f"the checksum of the heads of adapter {adapter_name!r} is wrong: the file is damaged")
     if any(f".{VALUES}." in key for key in mine):
         before, config.nnz_pattern = config.nnz_pattern, {}
         for layer in layers:
@@ -41,6 +44,8 @@ def adopt(
                 if (value is None) != (f"{module}.{POSITIONS}.{parameter}" not in mine):
                     raise ValueError(f"{layer.parameter_key(parameter)} has values or positions, but not both")
                 if value is not None:
+                    _check_seal(mine[f"{module}.{POSITIONS}.{parameter}"], value, layer.parameter_key(parameter))
+                    config.value_dtype = str(value.dtype).removeprefix("torch.")
                     nnz[parameter] = config.nnz_pattern[layer.parameter_key(parameter)] = value.numel()
             layer.forget_positions(adapter_name)
             if layer.nnz(adapter_name) != nnz:
@@ -56,6 +61,15 @@ def adopt(
         for layer in layers:
             if not layer.is_gating(adapter_name):
                 layer.start_gating(adapter_name)
+
+
+def _check_seal(packed: Tensor, values: Tensor, what: str) -> None:
+    try:
+        seal.check(packed, values)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{what}: its values are NaN or infinite: the file is damaged, or its training has diverged")
 
 
 def canonical(key: str) -> str:

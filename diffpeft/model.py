@@ -269,6 +269,29 @@ class DiffPruningModel(Serving):
         return pruning.PruningSummary(k, total, threshold.value, per_parameter)
 
     @torch.no_grad()
+    def cast_values(self, dtype: str, adapter_name: str | None = None) -> None:
+        """Round a finished diff's values, for a file of fewer bytes: "bfloat16" or "float16", half of "float32".
+
+        Raises ValueError in gating, for another dtype, and where values would become infinite.
+        """
+        name = self._name(adapter_name)
+        if self.phase(name) != FIXMASK:
+            raise ValueError(f"adapter {name!r} is in gating, its values are not final; call magnitude_prune first")
+        config = copy.copy(self.peft_config[name])
+        config.value_dtype = dtype
+        config.__post_init__()
+        for layer in self._layers(name):
+            for parameter, values in getattr(layer, VALUES)[name].items():
+                rounded = values.detach().to(getattr(torch, dtype))
+                if not bool(rounded.isfinite().all()):
+                    raise ValueError(f"{layer.parameter_key(parameter)} has values beyond {dtype}; use 'bfloat16'")
+        for layer in self._layers(name):
+            for values in getattr(layer, VALUES)[name].values():
+                values.data = values.data.to(getattr(torch, dtype))
+            layer.configs[name] = config
+        self.peft_config[name] = config
+
+    @torch.no_grad()
     def get_diff(self, adapter_name: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
         """The diff: (positions, values) of each parameter with nonzeros, by its name in the base model.
 
@@ -283,7 +306,10 @@ class DiffPruningModel(Serving):
                     where = torch.nonzero(delta).squeeze(1)
                     pair = where, delta[where]
                 elif parameter in getattr(layer, VALUES)[name]:
-                    pair = layer.positions(name, parameter), getattr(layer, VALUES)[name][parameter].detach().clone()
+                    pair = (
+                        layer.positions(name, parameter),
+                        getattr(layer, VALUES)[name][parameter].detach().float().clone(),
+                    )
                 else:
                     continue
                 if pair[0].numel():
@@ -350,6 +376,7 @@ class DiffPruningModel(Serving):
             self.peft_config[source],
             **self._common_targets(adapters),
             nnz_pattern=nnz,
+            value_dtype="float32",
             target_density=max(sum(nnz.values()), 1) / total,
             inference_mode=True,
         )

@@ -1,0 +1,41 @@
+"""A few weights by which a base model is known again: a diff has its meaning on the weights that it was made from."""
+
+import base64
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+SAMPLES = 256
+"""Weights looked at, spread over all parameters, but at least one of each."""
+
+Fingerprint = dict[str, str]
+"""Parameter name -> some of its weights, fp32, little-endian, in base64."""
+
+
+def take(parameters: Mapping[str, Tensor]) -> Fingerprint:
+    """The fingerprint of a model's floating parameters, by their names in it; costs no pass over the weights."""
+    taken = {name: _sample(p, max(1, SAMPLES // len(parameters))) for name, p in parameters.items() if p.numel()}
+    return {name: base64.b64encode(sample.numpy().tobytes()).decode() for name, sample in taken.items()}
+
+
+def differing(fingerprint: Fingerprint, parameters: Mapping[str, Tensor]) -> list[str]:
+    """Parameters whose weights are not those of the fingerprint, as far as both have them.
+
+    Weights that were only rounded to another dtype are the same.
+    """
+    found = []
+    for name in fingerprint.keys() & parameters.keys():
+        told = torch.frombuffer(bytearray(base64.b64decode(fingerprint[name])), dtype=torch.float32)
+        sample = _sample(parameters[name], told.numel())
+        dtype = parameters[name].dtype
+        if told.shape != sample.shape or not torch.equal(told.to(dtype).float(), sample.to(dtype).float()):
+            found.append(name)
+    return sorted(found)
+
+
+@torch.no_grad()
+def _sample(parameter: Tensor, count: int) -> Tensor:
+    count = min(parameter.numel(), count)
+    where = torch.linspace(0, parameter.numel() - 1, count, dtype=torch.float64).long()
+    return torch.take(parameter.detach(), where.to(parameter.device)).float().cpu()

@@ -1,0 +1,169 @@
+"""Damage to an adapter's file is told: every bit of values, positions and heads is covered."""
+
+import json
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+
+from diffpeft import DiffPruningConfig, seal
+
+DENSITY = 0.02
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_bert, tmp_path_factory):
+    """A finished adapter with a head on disk, and its logits."""
+    directory = tmp_path_factory.mktemp("adapter")
+    config = DiffPruningConfig(task_type="SEQ_CLS", target_density=DENSITY, init_weights=False)
+    model = get_peft_model(tiny_bert(), config).eval()
+    model.base_model.magnitude_prune()
+    model.save_pretrained(directory)
+    return directory, model
+
+
+def copy_of(directory, to):
+    for file in directory.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to / "adapter_model.safetensors"
+
+
+@given(st.lists(st.integers(0, 999), unique=True, max_size=50), st.data())
+def test_any_flipped_bit_breaks_a_seal(where, data):
+    values = torch.randn(len(where))
+    buffer = seal.seal(seal.pack(torch.tensor(sorted(where), dtype=torch.int64), 1000), values)
+    seal.check(buffer, values)
+    assert seal.is_sealed(buffer)
+    damaged, damaged_values = buffer.clone(), values.clone()
+    target = data.draw(st.sampled_from([t for t in (damaged, damaged_values.view(torch.uint8)) if t.numel()]))
+    target[data.draw(st.integers(0, target.numel() - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    if not seal.is_sealed(damaged):
+        return  # all four bytes of the seal would have to be 0
+    with pytest.raises(ValueError, match="checksum"):
+        seal.check(damaged, damaged_values)
+
+
+def test_a_buffer_in_memory_has_no_seal():
+    buffer = seal.pack(torch.tensor([1, 5]), 9)
+    assert not seal.is_sealed(buffer)
+    seal.check(buffer, torch.randn(2))
+    assert torch.equal(seal.unpack(buffer, 2, 9), torch.tensor([1, 5]))
+    assert buffer.numel() == seal.size(2, 9)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_file_with_a_flipped_bit_is_refused_or_means_the_same(saved, tiny_bert, batch, tmp_path, seed):
+    """Bits of the header too: some of them only change the order of its entries or a blank."""
+    directory, model = saved
+    file = copy_of(directory, tmp_path)
+    data = bytearray(file.read_bytes())
+    place = random.Random(seed).randrange(len(data))
+    data[place] ^= 1 << (seed % 8)
+    file.write_bytes(bytes(data))
+    try:
+        loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path).eval()
+    except Exception:  # safetensors, PEFT and we each have errors of our own
+        return
+    assert torch.equal(loaded(**batch()).logits, model(**batch()).logits), f"byte {place}"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_a_truncated_file_is_refused(saved, tiny_bert, tmp_path, share):
+    file = copy_of(saved[0], tmp_path)
+    data = file.read_bytes()
+    file.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(Exception, match=r"."):
+        PeftModel.from_pretrained(tiny_bert(), tmp_path)
+
+
+def test_values_that_training_changed_get_a_new_seal(saved, tiny_bert, tmp_path, batch):
+    model = PeftModel.from_pretrained(tiny_bert(), saved[0], is_trainable=True)
+    model(**batch())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path)
+    assert torch.equal(loaded.eval()(**batch()).logits, model.eval()(**batch()).logits)
+
+
+def test_saving_what_was_loaded_and_never_run_does_not_hide_damage(saved, tiny_bert, tmp_path):
+    model = PeftModel.from_pretrained(tiny_bert(), saved[0])
+    with torch.no_grad():
+        layer = model.base_model.model.bert.embeddings.word_embeddings
+        layer.diffpruning_values["default"]["weight"].add_(1.0)
+    with pytest.raises(ValueError, match=r"word_embeddings\.weight.*checksum"):
+        model.save_pretrained(tmp_path)
+
+
+def test_transformers_loads_with_the_same_checks(saved, tiny_bert, batch, tmp_path):
+    file = copy_of(saved[0], tmp_path)
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 4
+    file.write_bytes(bytes(data))
+    model = tiny_bert()
+    model.load_adapter(str(tmp_path))  # fills tensors and asks nobody
+    with pytest.raises(ValueError, match="checksum"):
+        model(**batch())
+
+
+def test_a_newer_format_is_refused(saved, tiny_bert, tmp_path):
+    copy_of(saved[0], tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "format_version": 2}))
+    with pytest.raises(ValueError, match=r"format version 2.*install a newer"):
+        PeftModel.from_pretrained(tiny_bert(), tmp_path)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_are_refused(tiny_bert, tmp_path, value):
+    model = get_peft_model(tiny_bert(), DiffPruningConfig(target_density=DENSITY, init_weights=False))
+    model.base_model.magnitude_prune()
+    with torch.no_grad():
+        model.base_model.model.bert.pooler.dense.diffpruning_values["default"]["weight"][3] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"pooler\.dense\.weight.*NaN or infinite"):
+        PeftModel.from_pretrained(tiny_bert(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_values_of_two_bytes(tiny_bert, batch, tmp_path, dtype):
+    model = get_peft_model(tiny_bert(), DiffPruningConfig(target_density=DENSITY, init_weights=False)).eval()
+    tuner = model.base_model
+    with pytest.raises(ValueError, match="gating"):
+        tuner.cast_values(dtype)
+    tuner.magnitude_prune()
+    with pytest.raises(ValueError, match="int7"):
+        tuner.cast_values("int7")
+    exact = {key: values for key, (_, values) in tuner.get_diff().items()}
+    model.save_pretrained(tmp_path / "four")
+    tuner.cast_values(dtype)
+    model.save_pretrained(tmp_path / "two")
+    for key, (_, values) in tuner.get_diff().items():
+        assert torch.equal(values, exact[key].to(getattr(torch, dtype)).float())
+    sizes = [(tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("four", "two")]
+    saving = 2 * tuner.num_nonzeros()
+    assert sizes[0] - sizes[1] == pytest.approx(saving, rel=0.2)
+    logits = model(**batch()).logits
+    loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path / "two").eval()
+    assert torch.equal(loaded(**batch()).logits, logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "adapter_model.safetensors").stat().st_size == sizes[1]
+    native = tiny_bert()
+    native.load_adapter(str(tmp_path / "two"))
+    assert torch.equal(native.eval()(**batch()).logits, logits)
+    loaded.merge_adapter()
+    assert torch.allclose(loaded(**batch()).logits, logits, atol=1e-6)
+
+
+def test_values_beyond_half_precision_are_refused(tiny_bert):
+    model = get_peft_model(tiny_bert(), DiffPruningConfig(target_density=DENSITY, init_weights=False))
+    model.base_model.magnitude_prune()
+    with torch.no_grad():
+        model.base_model.model.bert.pooler.dense.diffpruning_values["default"]["weight"][3] = 1e6
+    with pytest.raises(ValueError, match="beyond float16"):
+        model.base_model.cast_values("float16")
