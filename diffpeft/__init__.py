@@ -8,12 +8,20 @@ phases: gating, magnitude pruning, fixmask.
 from diffpeft import log as _log
 from diffpeft.callback import DiffPruningCallback
 from diffpeft.config import DiffPruningConfig
+from diffpeft.extract import extract_diff
 from diffpeft.layer import DiffPruningLayer
 from diffpeft.model import DiffPruningModel
 from diffpeft.registration import register
 
 __version__ = "0.1.0"
-__all__ = ["DiffPruningCallback", "DiffPruningConfig", "DiffPruningLayer", "DiffPruningModel", "__version__"]
+__all__ = [
+    "DiffPruningCallback",
+    "DiffPruningConfig",
+    "DiffPruningLayer",
+    "DiffPruningModel",
+    "__version__",
+    "extract_diff",
+]
 
 _log.configure()
 register()

@@ -15,6 +15,7 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from diffpeft import seal
+from diffpeft.card import update_card
 from diffpeft.peft_type import DIFFPRUNING
 
 GROUP_PENALTIES = ("product", "additive")
@@ -149,7 +150,8 @@ class DiffPruningConfig(PeftConfig):
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, at once or not at all, with the checksum of the heads in the adapter file there."""
+        """Write adapter_config.json, at once or not at all, with the checksum of the heads in the adapter file there; and
+        the adapter's part of README.md. PEFT calls this last when it saves an adapter."""
         directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         saved = copy.copy(self)
@@ -158,6 +160,7 @@ class DiffPruningConfig(PeftConfig):
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
             super(DiffPruningConfig, saved).save_pretrained(scratch, **kwargs)
             os.replace(Path(scratch) / CONFIG_NAME, directory / CONFIG_NAME)
+        update_card(directory, saved.to_dict())
 
 
 def check_density(density: float) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from diffpeft.model import DiffPruningModel
 
@@ -12,17 +15,25 @@ Table = dict[str, dict[str, float]]
 
 def density_table(model: DiffPruningModel, adapter_name: str | None = None) -> Table:
     """Density of the diff by layer ("0", "1", ..., or the module's name outside the layers), then by parameter."""
-    diff = model.get_diff(adapter_name)
+    return table_of(counts(model.get_diff(adapter_name)), model.adapted_parameters(adapter_name))
+
+
+def counts(diff: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, int]:
+    """Nonzeros of each parameter of a diff."""
+    return {name: where.numel() for name, (where, _) in diff.items()}
+
+
+def table_of(nnz: Mapping[str, int], elements: Mapping[str, int]) -> Table:
+    """[`density_table`] from the nonzeros and elements of each parameter, by its name in the base model."""
     table: Table = {}
-    for name, numel in model.adapted_parameters(adapter_name).items():
-        nonzeros = diff[name][0].numel() if name in diff else 0
+    for name, numel in elements.items():
         match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
         if match:
             row, column = match.groups()
         else:
             *path, last = name.split(".")
             row, column = ".".join(path[:-1][-1:]) or "model", ".".join([*path[-1:], last])
-        table.setdefault(row, {})[column] = nonzeros / numel
+        table.setdefault(row, {})[column] = nnz.get(name, 0) / numel
     return table
 
 
@@ -34,19 +45,23 @@ def plot_density(model: DiffPruningModel, path: str | Path, adapter_name: str | 
         path: of the picture; the ending tells the format.
         adapter_name: the adapter, by default the active one.
     """
+    draw(counts(model.get_diff(adapter_name)), model.adapted_parameters(adapter_name), path)
+
+
+def draw(nnz: Mapping[str, int], numel: Mapping[str, int], path: str | Path) -> None:
+    """[`plot_density`] from the nonzeros and elements of each parameter."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    diff, numel = model.get_diff(adapter_name), model.adapted_parameters(adapter_name)
-    table = density_table(model, adapter_name)
+    table = table_of(nnz, numel)
     layers = sorted((row for row in table if row.isdigit()), key=int)
     rows = [row for row in table if not row.isdigit()] + layers
     shares = []
     for row in rows:
         names = [n for n in numel if (_layer(n) == row if row.isdigit() else _layer(n) is None and f"{row}." in n)]
-        kept = sum(diff[n][0].numel() for n in names if n in diff)
+        kept = sum(nnz.get(n, 0) for n in names)
         shares.append(kept / max(1, sum(numel[n] for n in names)))
     columns = list(dict.fromkeys(column for row in layers for column in table[row]))
     cells = np.array([[table[row].get(column, np.nan) for column in columns] for row in layers]).reshape(

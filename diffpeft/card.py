@@ -1,0 +1,102 @@
+"""The adapter's own part of its model card: what it changes, how large it is, five lines of use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+BEGIN, END = "<!-- diffpeft: begin -->", "<!-- diffpeft: end -->"
+TAGS = ("diffpeft", "diff-pruning")
+LARGEST = 12
+"""Rows of the table of where the diff lives."""
+
+
+def update_card(directory: Path, config: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+    """Write README.md of an adapter's directory, or the part of it that is ours; the rest is left as it is.
+
+    Args:
+        directory: of the adapter.
+        config: what adapter_config.json says.
+        metrics: results to show, by name. None keeps those that the card shows already.
+    """
+    path = directory / "README.md"
+    card = ModelCard.load(path) if path.is_file() else ModelCard("---\n{}\n---\n", ignore_metadata_errors=True)
+    data: Any = card.data
+    base = config.get("base_model_name_or_path")
+    if base and not data.get("base_model"):
+        data.base_model = base
+    data.library_name = "peft"
+    data.tags = [*(data.get("tags") or []), *(tag for tag in TAGS if tag not in (data.get("tags") or []))]
+    text = card.text
+    if metrics is None:
+        shown = re.search(r"\n(\| metric \|.*?)\n\n", text, re.DOTALL)
+        results = shown.group(1) if shown else ""
+    else:
+        rows = (f"| {name} | {value:.4g} |" for name, value in metrics.items())
+        results = "\n".join(["| metric | value |", "|---|---|", *rows])
+    weights = directory / "adapter_model.safetensors"
+    section = _section(config, weights.stat().st_size if weights.is_file() else None, results)
+    old = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    card.text = old.sub(lambda _: section, text) if old.search(text) else f"{section}\n\n{text.strip()}\n"
+    card.save(path)
+
+
+def _section(config: Mapping[str, Any], size: int | None, results: str) -> str:
+    base = config.get("base_model_name_or_path") or "the base model"
+    nnz: Mapping[str, int] | None = config.get("nnz_pattern")
+    title = "# A sparse diff\n\n[Diff Pruning](https://arxiv.org/abs/2012.07463) adapter"
+    if nnz is None:
+        what = [f"{title} of `{base}`, still in gating: a checkpoint of training, dense."]
+    else:
+        nonzeros = sum(nnz.values())
+        what = [
+            f"{title} of `{base}`: {nonzeros:,} of its parameters differ (density {config['target_density']:.3%}).",
+            "" if size is None else f"Weights: {size:,} bytes. Merging and unmerging it is exact to the bit.",
+            _table(nnz, nonzeros),
+        ]
+    use = [
+        "```python",
+        "import diffpeft  # so that PEFT knows the method; without it: KeyError: 'DIFFPRUNING'",
+        f"from peft import {_auto_class(config.get('task_type'))}",
+        "",
+        f'model = {_auto_class(config.get("task_type"))}.from_pretrained("this-repository")',
+        "```",
+    ]
+    parts = [
+        BEGIN,
+        *(part for part in what if part),
+        results,
+        "\n".join(["`pip install diffpeft`, then", "", *use]),
+        END,
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _auto_class(task_type: str | None) -> str:
+    names = {
+        "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+        "CAUSAL_LM": "AutoPeftModelForCausalLM",
+        "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+        "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+        "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+        "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+    }
+    return names.get(str(task_type), "AutoPeftModel")
+
+
+def _table(nnz: Mapping[str, int], nonzeros: int) -> str:
+    """Where the diff lives: by parameter, layers taken together."""
+    kinds: dict[str, int] = {}
+    for name, count in nnz.items():
+        kind = re.sub(r"\.\d+\.", ".*.", name)
+        kinds[kind] = kinds.get(kind, 0) + count
+    largest = sorted(kinds.items(), key=lambda item: -item[1])
+    rows = [f"| `{kind}` | {count:,} | {count / nonzeros:.1%} |" for kind, count in largest[:LARGEST]]
+    rest = sum(count for _, count in largest[LARGEST:])
+    if rest:
+        rows.append(f"| {len(largest) - LARGEST} others | {rest:,} | {rest / nonzeros:.1%} |")
+    return "\n".join(["| parameters | nonzeros | share |", "|---|---|---|", *rows])
