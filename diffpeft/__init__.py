@@ -9,6 +9,7 @@ from diffpeft import log as _log
 from diffpeft.callback import DiffPruningCallback
 from diffpeft.config import DiffPruningConfig
 from diffpeft.extract import extract_diff
+from diffpeft.hub import push_to_hub
 from diffpeft.layer import DiffPruningLayer
 from diffpeft.model import DiffPruningModel
 from diffpeft.registration import register
@@ -21,6 +22,7 @@ __all__ = [
     "DiffPruningModel",
     "__version__",
     "extract_diff",
+    "push_to_hub",
 ]
 
 _log.configure()

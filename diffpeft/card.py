@@ -15,13 +15,19 @@ LARGEST = 12
 """Rows of the table of where the diff lives."""
 
 
-def update_card(directory: Path, config: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> None:
+def update_card(
+    directory: Path,
+    config: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+    repo_id: str = "user/this-adapter",
+) -> None:
     """Write README.md of an adapter's directory, or the part of it that is ours; the rest is left as it is.
 
     Args:
         directory: of the adapter.
         config: what adapter_config.json says.
         metrics: results to show, by name. None keeps those that the card shows already.
+        repo_id: where the adapter will be.
     """
     path = directory / "README.md"
     card = ModelCard.load(path) if path.is_file() else ModelCard("---\n{}\n---\n", ignore_metadata_errors=True)
@@ -29,6 +35,9 @@ def update_card(directory: Path, config: Mapping[str, Any], metrics: Mapping[str
     base = config.get("base_model_name_or_path")
     if base and not data.get("base_model"):
         data.base_model = base
+    if data.get("base_model") and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(data.base_model)):
+        data.base_model = None  # a directory means nothing to others, and the Hub refuses it
+        data.tags = [tag for tag in data.get("tags") or [] if not tag.startswith("base_model:")]
     data.library_name = "peft"
     data.tags = [*(data.get("tags") or []), *(tag for tag in TAGS if tag not in (data.get("tags") or []))]
     text = card.text
@@ -39,13 +48,13 @@ def update_card(directory: Path, config: Mapping[str, Any], metrics: Mapping[str
         rows = (f"| {name} | {value:.4g} |" for name, value in metrics.items())
         results = "\n".join(["| metric | value |", "|---|---|", *rows])
     weights = directory / "adapter_model.safetensors"
-    section = _section(config, weights.stat().st_size if weights.is_file() else None, results)
+    section = _section(config, weights.stat().st_size if weights.is_file() else None, results, repo_id)
     old = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
     card.text = old.sub(lambda _: section, text) if old.search(text) else f"{section}\n\n{text.strip()}\n"
     card.save(path)
 
 
-def _section(config: Mapping[str, Any], size: int | None, results: str) -> str:
+def _section(config: Mapping[str, Any], size: int | None, results: str, repo_id: str) -> str:
     base = config.get("base_model_name_or_path") or "the base model"
     nnz: Mapping[str, int] | None = config.get("nnz_pattern")
     title = "# A sparse diff\n\n[Diff Pruning](https://arxiv.org/abs/2012.07463) adapter"
@@ -63,7 +72,7 @@ def _section(config: Mapping[str, Any], size: int | None, results: str) -> str:
         "import diffpeft  # so that PEFT knows the method; without it: KeyError: 'DIFFPRUNING'",
         f"from peft import {_auto_class(config.get('task_type'))}",
         "",
-        f'model = {_auto_class(config.get("task_type"))}.from_pretrained("this-repository")',
+        f'model = {_auto_class(config.get("task_type"))}.from_pretrained("{repo_id}")',
         "```",
     ]
     parts = [

@@ -59,16 +59,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        path = self._path()
+        path = unquote(urlsplit(self.path).path)
         if self.headers.get("Authorization") != "Bearer x":
             self._error(401, "Unauthorized")
         elif path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked['organization']}/{asked['name']}"
-            new = repo not in self.hub.repos
-            if new:
+            status = 409 if repo in self.hub.repos else 200
+            if status == 200:
                 self.hub.commit(repo, "initial commit", {".gitattributes": b""})
-            self._json({"url": f"{self.hub.endpoint}/{repo}"}, 200 if new else 409)
+            self._json({"url": f"{self.hub.endpoint}/{repo}"}, status)
         elif path == "/api/validate-yaml":
             base = re.search(r"^base_model: (.*)$", json.loads(body)["content"].partition("\n---")[0], re.MULTILINE)
             if base is None or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base[1]):
@@ -89,7 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(501, f"POST {path} is not known")
 
     def do_GET(self) -> None:
-        path = self._path()
+        path = unquote(urlsplit(self.path).path)
         resolve = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         asked = resolve or re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
         if asked is None:
@@ -110,9 +110,6 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815
 
     def log_message(self, *args: Any) -> None: ...
-
-    def _path(self) -> str:
-        return unquote(urlsplit(self.path).path)
 
     def _json(self, answer: Any, status: int = 200) -> None:
         self._send(status, json.dumps(answer).encode(), {"Content-Type": "application/json"})

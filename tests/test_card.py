@@ -52,3 +52,12 @@ def test_what_a_user_wrote_stays_and_metrics_are_kept(model, tmp_path):
 def test_a_checkpoint_in_gating_says_so(tiny_bert, tmp_path):
     get_peft_model(tiny_bert(), DiffPruningConfig()).save_pretrained(tmp_path)
     assert "still in gating" in (tmp_path / "README.md").read_text()
+
+
+def test_a_directory_is_no_base_model_for_others(tiny_bert, tmp_path):
+    tiny_bert().save_pretrained(tmp_path / "base")
+    base = type(tiny_bert()).from_pretrained(tmp_path / "base")
+    get_peft_model(base, DiffPruningConfig()).save_pretrained(tmp_path / "adapter")
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert card.data.get("base_model") is None
+    assert not any("base_model:" in tag for tag in card.data.tags)

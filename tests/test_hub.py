@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, create_repo, upload_folder
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from diffpeft import DiffPruningConfig
+from diffpeft import DiffPruningConfig, push_to_hub
 from diffpeft.adapter import VALUES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")  # saving looks for the base on the Hub
@@ -42,7 +42,7 @@ def with_auto_class(repo, **where):
 
 
 def with_auto_class_of_transformers(repo, **where):
-    return logits(AutoModelForSequenceClassification.from_pretrained(repo, **where))
+    return logits(AutoModelForSequenceClassification.from_pretrained(repo, adapter_kwargs=where))
 
 
 LOADERS = [with_peft, with_transformers, with_auto_class, with_auto_class_of_transformers]
@@ -54,7 +54,9 @@ def publish(directory):
     create_repo("user/folder")
     for name in DENSITIES:
         base = AutoModelForSequenceClassification.from_pretrained("user/base")
-        PeftModel.from_pretrained(base, directory / name).push_to_hub("user/task")
+        model = PeftModel.from_pretrained(base, directory / name)
+        model.push_to_hub("user/task")
+        push_to_hub(model, "user/card", metrics={"accuracy": DENSITIES[name]})
         upload_folder(repo_id="user/folder", folder_path=directory / name)
 
 
@@ -122,9 +124,20 @@ def test_an_uploaded_directory_brings_its_card_and_the_next_replaces_it(made, hu
     check_card(second.files[CARD].decode(), made[0] / "second", "1.000%")
 
 
-@pytest.mark.xfail(strict=True, reason="transformers' push_to_hub writes its own card over what save_pretrained wrote")
-def test_a_push_brings_the_card(made, hub):
-    check_card(hub.repos["user/task"][-1].files[CARD].decode(), made[0] / "second", "1.000%")
+def test_our_push_brings_the_card_with_results_and_the_repositorys_name(made, hub):
+    """transformers' own writes a blank card over the one that was saved."""
+    _, first, second = hub.repos["user/card"]
+    assert first.changed == {WEIGHTS, CONFIG, CARD}
+    for commit, name, density in ((first, "first", "2.000%"), (second, "second", "1.000%")):
+        text = commit.files[CARD].decode()
+        check_card(text, made[0] / name, density)
+        assert f"| accuracy | {DENSITIES[name]:.4g} |" in text
+        assert '.from_pretrained("user/card")' in text
+
+
+def test_a_model_without_an_adapter_is_not_pushed(tiny_bert):
+    with pytest.raises(ValueError, match="no diff-pruning adapter"):
+        push_to_hub(tiny_bert(), "user/nothing")
 
 
 @pytest.mark.parametrize("load", LOADERS)
