@@ -150,6 +150,13 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         """The name in the base model of the wrapped module's parameter `name`."""
         return f"{self.key}.{name}" if self.key else name
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones (PEFT's hook); while adapters are off, they train once these are on again."""
+        super().set_adapter(adapter_names, inference_mode)
+        if self.disable_adapters:
+            names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+            self._trained = set() if inference_mode else names
+
     def is_offloaded(self) -> bool:
         """Whether the parameters are brought to a device only while the module runs."""
         hook = getattr(self.base_layer, "_hf_hook", None)
@@ -231,8 +238,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                     f"nnz_pattern gives {self.parameter_key(name)} {count} nonzeros, but it has {numel} elements; the "
                     "adapter belongs to another model"
                 )
-            dtype = getattr(torch, self.configs[adapter_name].value_dtype)
-            unknown = torch.full((count,), torch.nan, dtype=dtype, device=self._device())
+            unknown = torch.full((count,), torch.nan, dtype=torch.float32, device=self._device())
             values[name] = nn.Parameter(unknown if not random else torch.randn_like(unknown).mul_(0.02))
             size = seal.size(count, numel)
             packed[name] = torch.zeros(size, dtype=torch.uint8, device=self._device())
@@ -349,8 +355,15 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         return cached.positions
 
     def _as_stored(self, adapter_name: str, values: Tensor) -> Tensor:
-        """Values in their dtype in files; PEFT may have cast them to fp32."""
+        """Values in their dtype in files; in memory they are fp32."""
         return values.detach().to(getattr(torch, self.configs[adapter_name].value_dtype))
+
+    def values_fit(self, adapter_name: str) -> bool:
+        """Whether the config's dtype holds the adapter's values as they are."""
+        values = () if self.is_gating(adapter_name) else self.diffpruning_values[adapter_name].values()
+        return all(
+            torch.equal(self._as_stored(adapter_name, v).to(v.dtype).nan_to_num(), v.nan_to_num()) for v in values
+        )
 
     def stored(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
         """Values and positions as they go into a file: in the config's dtype, and sealed with these values."""

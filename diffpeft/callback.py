@@ -198,7 +198,7 @@ class DiffPruningLogCallback(TrainerCallback):
         """Add `diffpruning/*` to the log entry and to its copy in `log_history`."""
         tuner = DiffPruningModel.of(kwargs.get("model"))
         logs = kwargs.get("logs")
-        if tuner is None or logs is None or "loss" not in logs:
+        if tuner is None or len(tuner.active_adapters) != 1 or logs is None or "loss" not in logs:
             return
         expected = tuner.expected_nonzeros()
         entry = {

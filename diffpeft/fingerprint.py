@@ -28,8 +28,12 @@ def differing(fingerprint: Fingerprint, parameters: Mapping[str, Tensor]) -> lis
     for name in fingerprint.keys() & parameters.keys():
         told = torch.frombuffer(bytearray(base64.b64decode(fingerprint[name])), dtype=torch.float32)
         sample = _sample(parameters[name], told.numel())
-        dtype = parameters[name].dtype
-        if told.shape != sample.shape or not torch.equal(told.to(dtype).float(), sample.to(dtype).float()):
+        dtypes = {parameters[name].dtype, torch.bfloat16, torch.float16}
+        rounded = any(
+            torch.equal(told.to(dtype).float(), sample) or torch.equal(told, sample.to(dtype).float())
+            for dtype in dtypes
+        )
+        if told.shape != sample.shape or not rounded:
             found.append(name)
     return sorted(found)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, onload_layer
 from peft.utils import TaskType
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.constants import EMBEDDING_LAYER_NAMES, SEQ_CLS_HEAD_NAMES
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
@@ -35,6 +35,7 @@ class Injection(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # the default is found in the model, not by its type
     _owners: dict[int, tuple[DiffPruningLayer, str]]  # during injection: which layer has the diff of a parameter
     _noise: NoisePass  # during injection
+    _references: dict[int, list[tuple[nn.Module, str]]]  # during injection: modules with several names, and these
 
     def all_layers(self) -> Iterator[DiffPruningLayer]:
         """Every layer of the tuner, whichever adapters it holds."""
@@ -121,6 +122,8 @@ class Injection(BaseTuner):
             # A module with children may be wrapped before them: they stay children of the wrapped module.
             parent = parent.base_layer if isinstance(parent, DiffPruningLayer) else parent
             setattr(parent, target_name, layer)
+            for other, name in self._references.get(id(layer.base_layer), []):
+                setattr(other, name, layer)  # the model has the module under several names
             target = layer
         target.update_layer(adapter_name, peft_config)
 
@@ -137,10 +140,14 @@ class Injection(BaseTuner):
         Raises:
             ValueError: a parameter out of reach; a pruned adapter with nonzeros where the model has no parameter.
         """
-        if any(config is self.peft_config[adapter_name] for n, config in self.peft_config.items() if n != adapter_name):
-            # One object for two adapters: pruning one would change what the other says of itself.
-            self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        # The caller's object may begin other adapters and other models, of which it must not say what is said of this one.
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         layers = list(self.all_layers())
+        self._references = {}
+        for module in model.modules():
+            for name, child in module._modules.items():  # each name, which named_children leaves out
+                self._references.setdefault(id(child), []).append((module, name))
+        self._references = {child: places for child, places in self._references.items() if len(places) > 1}
         self._owners = {parameter: owner for layer in layers for parameter, owner in _owners(layer).items()}
         self._noise = layers[0].noise if layers else NoisePass()
         config = self.peft_config[adapter_name]
@@ -158,7 +165,8 @@ class Injection(BaseTuner):
                 layer.update_layer(adapter_name, config)
         if config.target_modules is None and not isinstance(getattr(model, RootParameters.NAME, None), RootParameters):
             self._adapt_root(model, adapter_name, config)
-        del self._owners, self._noise
+        del self._owners, self._noise, self._references
+        self.__dict__.pop("_row_layouts", None)  # of mixed batches: there are other layers now
         self._check_coverage(adapter_name, config)
         self._check_base(adapter_name, config)
         self._note_sharing()
@@ -196,6 +204,10 @@ class Injection(BaseTuner):
                     plain.setdefault(id(parameter), []).append(name)
         for layer in layers:
             layer.shared_with = {n: plain[id(p)] for n, p in layer.own_parameters().items() if id(p) in plain}
+            layer.tied_layers = {}
+        for layer in layers:
+            for owner, name in layer.ties.values():
+                owner.tied_layers.setdefault(name, []).append(layer)
 
     def _adapt_root(self, model: nn.Module, adapter_name: str, config: DiffPruningConfig) -> None:
         """Adapt the parameters that the model itself owns: PEFT looks at the modules in it alone."""
@@ -217,6 +229,13 @@ class Injection(BaseTuner):
                     f"the adapter has nonzeros in {len(lost)} parameters that the model does not have or does not adapt: "
                     f"{lost[:5]}; it belongs to another model or config"
                 )
+        for layer in layers:
+            for name, (owner, owner_name) in layer.ties.items():
+                if not owner.has_adapter(adapter_name):
+                    raise ValueError(
+                        f"{layer.parameter_key(name)} is the same parameter as {owner.parameter_key(owner_name)}, which "
+                        f"holds its diff and is not among the target_modules of adapter {adapter_name!r}; name both modules"
+                    )
         if config.target_modules is None and (config.layers_to_transform, config.exclude_modules) == (None, None):
             adapted = {id(p) for layer in layers for p in layer.base_layer.parameters(recurse=False)}
             left = [name for name, p in self.base_parameters() if id(p) not in adapted and p.is_floating_point()]
@@ -287,15 +306,17 @@ class Injection(BaseTuner):
             self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         else:
             self.unmerge_adapter()
-        wrapped = [(name, m) for name, m in self.model.named_modules() if isinstance(m, DiffPruningLayer)]
-        for name, layer in tqdm(reversed(wrapped), total=len(wrapped), disable=not progressbar, desc="Unloading"):
-            layer.noise.unwatch(self.model)
-            parent, _, child = name.rpartition(".")
-            if isinstance(layer, RootParameters):
-                layer.unwatch()
-                delattr(self.model, child)
-            else:
-                setattr(self.model.get_submodule(parent), child, layer.base_layer)
+        if merge and adapter_names is not None:
+            self._choose_heads(adapter_names)
+        wrapped = [(parent, n, m) for parent in self.model.modules() for n, m in parent._modules.items()]
+        for parent, name, layer in tqdm(wrapped, disable=not progressbar, desc="Unloading"):
+            if isinstance(layer, DiffPruningLayer):
+                layer.noise.unwatch(self.model)
+                if isinstance(layer, RootParameters):
+                    layer.unwatch()
+                    delattr(parent, name)
+                else:
+                    setattr(parent, name, layer.base_layer)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         return model
 
@@ -305,6 +326,16 @@ class Injection(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's hook, which expects a weight: heads that are unwrapped may be modules of any kind."""
         setattr(parent, child_name, new_module)
+
+    def _choose_heads(self, adapter_names: list[str]) -> None:
+        """Have the heads of the adapters that are merged stay, not those of the active one."""
+        wrappers = [(parent, n, m) for parent in self.model.modules() for n, m in parent._modules.items()]
+        for parent, name, head in wrappers:
+            if isinstance(head, ModulesToSaveWrapper):
+                mine = [adapter for adapter in adapter_names if adapter in head.modules_to_save]
+                if len(mine) > 1:
+                    raise ValueError(f"{mine} have a head {name!r} each, and one can stay; merge one of them")
+                setattr(parent, name, head.modules_to_save[mine[0]] if mine else head.original_module)
 
     # Saving and loading
 
@@ -324,6 +355,18 @@ class Injection(BaseTuner):
         layers = {
             n: m for n, m in model.named_modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)
         }
+        if not all(layer.values_fit(adapter_name) for layer in layers.values()):
+            config.value_dtype = "float32"  # they have trained since they were cast
+            for layer in layers.values():
+                layer.configs[adapter_name] = config
+        targets = config.target_modules if isinstance(config.target_modules, (list, set)) else []
+        if any(layer.merged for layer in layers.values()) and any(
+            target.rsplit(".", 1)[-1] in EMBEDDING_LAYER_NAMES for target in targets
+        ):
+            raise ValueError(
+                f"PEFT saves the whole embeddings beside the diff where target_modules names them, {sorted(targets)}, and "
+                "they hold the diff already while it is merged; call unmerge_adapter() first"
+            )
         for module, layer in layers.items():
             for name in layer.nnz(adapter_name) or {}:
                 keys = [f"{module}.{kind}.{adapter_name}.{name}" for kind in (VALUES, POSITIONS)]

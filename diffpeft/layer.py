@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +51,8 @@ class DiffPruningLayer(AdapterTensors):
         """Which rows of the batch belong to which adapter, while they differ."""
         self.shared_with: dict[str, list[str]] = {}
         """Modules that have a parameter of this layer too and are not adapted, by the parameter's name."""
+        self.tied_layers: dict[str, list[DiffPruningLayer]] = {}
+        """Layers that have a parameter of this layer as a tie, by its name."""
         self._merges: list[_Merge] = []
         self._running: dict[str, Tensor] = {}
         self.train(base_layer.training)
@@ -61,6 +63,12 @@ class DiffPruningLayer(AdapterTensors):
         if isinstance(self.base_layer, _BatchNorm):
             self.base_layer.eval()
         return self
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As PEFT's; what is merged is taken out first, since the base is read without running its module too."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
 
     # Effective parameters
 
@@ -93,7 +101,7 @@ class DiffPruningLayer(AdapterTensors):
         """Whether the adapter has a diff for parameter `name`, tied or not."""
         if name in self.ties:
             owner: DiffPruningLayer = self.ties[name][0]
-            return owner.changes(adapter_name, self.ties[name][1])
+            return adapter_name in self.configs and owner.changes(adapter_name, self.ties[name][1])
         if self.is_gating(adapter_name):
             return name in self.diffpruning_w[adapter_name]
         return adapter_name in self.diffpruning_values and name in self.diffpruning_values[adapter_name]
@@ -102,22 +110,27 @@ class DiffPruningLayer(AdapterTensors):
         """Whether the adapter has a diff for one of the module's own parameters."""
         return any(self.changes(adapter_name, name) for name in (*self.shapes, *self.ties))
 
-    def _selected(self, name: str) -> list[str]:
-        """The adapters that change parameter `name` just now."""
+    def _selected(self, name: str, targeting: Collection[str]) -> list[str]:
+        """The adapters, of those that target the reading module, that change parameter `name` just now."""
         if self.disable_adapters or self.merged:
             return []
         selected = self.active_adapters if self.mixed is None else self.mixed.selected(self, name)
-        return [adapter_name for adapter_name in selected if self.changes(adapter_name, name)]
+        return [adapter for adapter in selected if adapter in targeting and self.changes(adapter, name)]
 
-    def effective(self, name: str) -> Tensor:
-        """The parameter `name` of the wrapped module as the active adapters change it."""
+    def effective(self, name: str, targeting: Collection[str] | None = None) -> Tensor:
+        """The parameter `name` of the wrapped module as the active adapters change it.
+
+        With `targeting`, as those of them do that target another module, which is tied to this one by the parameter.
+        """
         if name in self.ties:
             owner: DiffPruningLayer = self.ties[name][0]
-            return owner.effective(self.ties[name][1])
-        if name in self._running:  # while the module runs, its own attribute is the effective parameter already
+            return owner.effective(self.ties[name][1], self.configs)
+        if (
+            name in self._running and targeting is None
+        ):  # while the module runs, its own attribute is the effective parameter already
             return self._running[name]
         parameter: Tensor = getattr(self.base_layer, name)
-        selected = self._selected(name)
+        selected = self._selected(name, self.configs if targeting is None else targeting)
         if selected and not parameter.is_floating_point():
             raise ValueError(
                 f"{self.parameter_key(name)} is quantised and is read without running its module, so the diff of "
@@ -179,7 +192,7 @@ class DiffPruningLayer(AdapterTensors):
 
     def _add_to_quantized(self, output: Tensor, x: Tensor) -> Tensor:
         """x delta^T on top of what the quantised weight gives: the sum of the two weights cannot be stored."""
-        for adapter_name in self._selected("weight"):
+        for adapter_name in self._selected("weight", self.configs):
             values = self.diffpruning_values[adapter_name]["weight"]
             zeros = torch.zeros(self.shapes["weight"], dtype=x.dtype, device=x.device)
             delta = sparse_parameter(zeros, values, self.positions(adapter_name, "weight"))
@@ -224,8 +237,10 @@ class DiffPruningLayer(AdapterTensors):
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if not self.has_adapter(adapter_name):
                 continue
-            for name, others in self.shared_with.items():
-                if self.changes(adapter_name, name):
+            for name in self.shapes:
+                others = [*self.shared_with.get(name, [])]
+                others += [layer.key for layer in self.tied_layers.get(name, []) if adapter_name not in layer.configs]
+                if others and self.changes(adapter_name, name):
                     raise ValueError(
                         f"{self.parameter_key(name)} is also a parameter of {others}, which the adapter leaves alone: "
                         f"merging adapter {adapter_name!r} would change them too; adapt or exclude all of them, or untie "

@@ -35,27 +35,33 @@ def adopt(
         if seal.checksum_of_heads(state_dict) != expected:
             raise ValueError(f"the checksum of the heads of adapter {adapter_name!r} is wrong: the file is damaged")
     if any(f".{VALUES}." in key for key in mine):
-        before, config.nnz_pattern = config.nnz_pattern, {}
+        # All checks come first: a file that is refused leaves the adapter as it was.
+        counts: dict[DiffPruningLayer, dict[str, int]] = {}
+        pattern, dtype = {}, config.value_dtype
         for layer in layers:
-            nnz = {}
-            module = layer.module_key
+            counts[layer] = {}
             for parameter in layer.shapes:
-                value = mine.get(f"{module}.{VALUES}.{parameter}")
-                if (value is None) != (f"{module}.{POSITIONS}.{parameter}" not in mine):
+                value = mine.get(f"{layer.module_key}.{VALUES}.{parameter}")
+                packed = mine.get(f"{layer.module_key}.{POSITIONS}.{parameter}")
+                if (value is None) != (packed is None):
                     raise ValueError(f"{layer.parameter_key(parameter)} has values or positions, but not both")
-                if value is not None:
-                    _check_seal(mine[f"{module}.{POSITIONS}.{parameter}"], value, layer.parameter_key(parameter))
-                    config.value_dtype = str(value.dtype).removeprefix("torch.")
-                    nnz[parameter] = config.nnz_pattern[layer.parameter_key(parameter)] = value.numel()
-            layer.forget_positions(adapter_name)
-            if layer.nnz(adapter_name) != nnz:
-                layer.start_fixmask(adapter_name, nnz)
-        missing = sorted((before or {}).keys() - config.nnz_pattern.keys())
-        if missing and before is not None and config.nnz_pattern.items() < before.items():
+                if value is not None and packed is not None:
+                    _check_seal(packed, value, layer.parameter_key(parameter))
+                    dtype = str(value.dtype).removeprefix("torch.")
+                    counts[layer][parameter] = pattern[layer.parameter_key(parameter)] = value.numel()
+        before = config.nnz_pattern
+        missing = sorted((before or {}).keys() - pattern.keys())
+        if missing and before is not None and pattern.items() < before.items():
             raise ValueError(
                 f"the diffs of {len(missing)} parameters that the config tells of are missing, {missing[:3]}; the file is "
                 "damaged"
             )
+        config.nnz_pattern, config.value_dtype = pattern, dtype
+        for layer in layers:
+            layer.configs[adapter_name] = config
+            layer.forget_positions(adapter_name)
+            if layer.nnz(adapter_name) != counts[layer]:
+                layer.start_fixmask(adapter_name, counts[layer])
     else:
         config.nnz_pattern = None
         for layer in layers:

@@ -149,7 +149,7 @@ class MixedBatch:
             )
         names = [name for name in self.names for _ in range(rows // len(self.names))]
         inputs = tuple(0 if _is_row_tensor(leaf, rows) else None for leaf in leaves)
-        structure = (type(root).__qualname__, *structure_of(leaves, spec))
+        structure = (type(root).__qualname__, inputs, *structure_of(leaves, spec))
         with self._rows_of(names):
             if len(set(names)) == 1:
                 return call(*args, **kwargs)
@@ -292,7 +292,8 @@ def _caches(root: nn.Module) -> bool:
 
 def _rows(root: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
     name = getattr(root, "main_input_name", "input_ids")
-    leaves, _ = tree_flatten((kwargs.get(name), args, kwargs))
+    known = [kwargs.get(key) for key in (name, "input_ids", "inputs_embeds", "decoder_input_ids")]
+    leaves, _ = tree_flatten((known, args, kwargs))
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
     if not tensors:
         raise ValueError("adapter_names names the rows of a batch, but the model was given no tensor with rows")

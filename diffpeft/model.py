@@ -272,6 +272,8 @@ class DiffPruningModel(Serving):
     def cast_values(self, dtype: str, adapter_name: str | None = None) -> None:
         """Round a finished diff's values, for a file of fewer bytes: "bfloat16" or "float16", half of "float32".
 
+        In memory they stay fp32. Once they train on they are saved in fp32 again.
+
         Raises ValueError in gating, for another dtype, and where values would become infinite.
         """
         name = self._name(adapter_name)
@@ -287,7 +289,7 @@ class DiffPruningModel(Serving):
                     raise ValueError(f"{layer.parameter_key(parameter)} has values beyond {dtype}; use 'bfloat16'")
         for layer in self._layers(name):
             for values in getattr(layer, VALUES)[name].values():
-                values.data = values.data.to(getattr(torch, dtype))
+                values.data = values.data.to(getattr(torch, dtype)).float()
             layer.configs[name] = config
         self.peft_config[name] = config
 

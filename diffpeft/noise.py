@@ -79,7 +79,7 @@ class NoisePass:
     def watch(self, model: nn.Module) -> None:
         """A pass is one call of `model`."""
         model.register_forward_pre_hook(self._begin)
-        model.register_forward_hook(self._end)
+        model.register_forward_hook(self._end, always_call=True)
 
     def unwatch(self, model: nn.Module) -> None:
         """Undo [`watch`]."""

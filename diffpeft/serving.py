@@ -36,7 +36,7 @@ class Serving(Injection):
             self._parts(layers),
             self.__dict__.setdefault("_row_layouts", {}),
             root.run if isinstance(root, RootParameters) else None,
-            _beams(**kwargs),
+            _beams(**{"generation_config": getattr(self.model, "generation_config", None), **kwargs}),
         )
         for layer in layers:
             layer.mixed = batch
