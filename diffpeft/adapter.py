@@ -287,10 +287,10 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
             self._trained = {
                 name for name in self.configs if any(p.requires_grad for p in self.adapter_parameters(name))
             }
-        was_disabled = self.disable_adapters
-        super().enable_adapters(enabled)
+        was_disabled, trained = self.disable_adapters, set(self._trained)
+        super().enable_adapters(enabled)  # makes all active ones train
         if enabled and was_disabled:
-            for name in self.configs.keys() - self._trained:
+            for name in self.configs.keys() - trained:
                 for parameter in self.adapter_parameters(name):
                     parameter.requires_grad_(False)
 

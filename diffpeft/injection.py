@@ -93,7 +93,7 @@ class Injection(BaseTuner):
 
     def _check_target_module_exists(self, peft_config: DiffPruningConfig, key: str) -> Any:
         module = self.model if key == RootParameters.NAME else self.model.get_submodule(key)
-        shapes = module.shapes if isinstance(module, DiffPruningLayer) else own_shapes(module)
+        shapes = {**module.shapes, **module.ties} if isinstance(module, DiffPruningLayer) else own_shapes(module)
         config = peft_config
         if peft_config.target_modules is None:
             # PEFT's own matching of exclusions, heads and layer indices, for a target that is this very module.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -54,7 +54,7 @@ class DiffPruningLayer(AdapterTensors):
         self.tied_layers: dict[str, list[DiffPruningLayer]] = {}
         """Layers that have a parameter of this layer as a tie, by its name."""
         self._merges: list[_Merge] = []
-        self._running: dict[str, Tensor] = {}
+        self._running: dict[str, tuple[Tensor, Tensor]] = {}  # effective and plain parameters
         self.train(base_layer.training)
 
     def train(self, mode: bool = True) -> DiffPruningLayer:
@@ -117,7 +117,7 @@ class DiffPruningLayer(AdapterTensors):
         selected = self.active_adapters if self.mixed is None else self.mixed.selected(self, name)
         return [adapter for adapter in selected if adapter in targeting and self.changes(adapter, name)]
 
-    def effective(self, name: str, targeting: Collection[str] | None = None) -> Tensor:
+    def effective(self, name: str, targeting: Mapping[str, Any] | None = None) -> Tensor:
         """The parameter `name` of the wrapped module as the active adapters change it.
 
         With `targeting`, as those of them do that target another module, which is tied to this one by the parameter.
@@ -125,11 +125,11 @@ class DiffPruningLayer(AdapterTensors):
         if name in self.ties:
             owner: DiffPruningLayer = self.ties[name][0]
             return owner.effective(self.ties[name][1], self.configs)
-        if (
-            name in self._running and targeting is None
-        ):  # while the module runs, its own attribute is the effective parameter already
-            return self._running[name]
-        parameter: Tensor = getattr(self.base_layer, name)
+        # While the module runs, its own attribute is the effective parameter already.
+        effective, plain = self._running.get(name, (None, None))
+        if effective is not None and (targeting is None or targeting.keys() >= set(self._selected(name, self.configs))):
+            return effective
+        parameter: Tensor = getattr(self.base_layer, name) if plain is None else plain
         selected = self._selected(name, self.configs if targeting is None else targeting)
         if selected and not parameter.is_floating_point():
             raise ValueError(
@@ -163,7 +163,8 @@ class DiffPruningLayer(AdapterTensors):
         if not changed:
             output = self.base_layer(*args, **kwargs)
         else:
-            self._running = changed
+            own = dict(self.base_layer.named_parameters(recurse=False))
+            self._running = {name: (tensor, own[name]) for name, tensor in changed.items()}
             try:
                 output = functional_call(self.base_layer, changed, args, kwargs)
             finally:
@@ -361,7 +362,8 @@ class RootParameters(DiffPruningLayer):
         model = self.base_layer
         for name, tensor in effective.items():
             if tensor is not model._parameters[name]:
-                self._plain[name], self._running[name] = model._parameters[name], tensor
+                self._plain[name] = model._parameters[name]
+                self._running[name] = tensor, cast(Tensor, model._parameters[name])
                 model._parameters[name] = tensor  # type: ignore[assignment]
 
     def _put_back(self) -> None:
