@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import CONFIG_NAME
 from safetensors.torch import load_file
 
-from diffpeft import seal
+from diffpeft import atomic, seal
 from diffpeft.card import update_card
 from diffpeft.peft_type import DIFFPRUNING
 
@@ -150,17 +149,24 @@ class DiffPruningConfig(PeftConfig):
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, at once or not at all, with the checksum of the heads in the adapter file there; and
-        the adapter's part of README.md. PEFT calls this last when it saves an adapter."""
+        """Write adapter_config.json, together with the weights that PEFT has just written or not at all, with the
+        checksum of the heads in these; and the adapter's part of README.md. PEFT calls this last when it saves."""
         directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
         saved = copy.copy(self)
-        weights = directory / SAFETENSORS_WEIGHTS_NAME
-        saved.heads_checksum = seal.checksum_of_heads(load_file(weights)) if weights.is_file() else None
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
+        weights = atomic.staged_weights(directory)
+        # Without new weights nobody knows whether those that are there will stay: transformers writes them afterwards.
+        saved.heads_checksum = seal.checksum_of_heads(load_file(weights)) if weights else None
+        with tempfile.TemporaryDirectory() as scratch:
             super(DiffPruningConfig, saved).save_pretrained(scratch, **kwargs)
-            os.replace(Path(scratch) / CONFIG_NAME, directory / CONFIG_NAME)
+            atomic.replace_config(directory, (Path(scratch) / CONFIG_NAME).read_text())
         update_card(directory, saved.to_dict())
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+        """The config file's contents (PEFT's hook); where a kill left the weights' own config beside it, that one's."""
+        pending = atomic.pending_config(Path(path_json_file).parent)
+        contents: dict[str, Any] = super().from_json_file(str(pending or path_json_file), **kwargs)
+        return contents
 
 
 def check_density(density: float) -> None:

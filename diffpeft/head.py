@@ -1,7 +1,16 @@
-"""Which modules of a model are a fresh task head: trained whole, not gated (arXiv 2012.07463, section 2)."""
+"""The task head, trained whole, not gated (arXiv 2012.07463, section 2): which modules it is, and whether it is whole."""
 
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
+
+from diffpeft import seal
+from diffpeft.config import DiffPruningConfig
 
 
 def fresh_head(model: nn.Module) -> list[str]:
@@ -17,3 +26,49 @@ def fresh_head(model: nn.Module) -> list[str]:
     if prefix not in children:
         return []
     return [name for name, child in children.items() if name != prefix and any(True for _ in child.parameters())]
+
+
+class HeadCheck:
+    """Compares an adapter's heads with the checksum of its file in the next forward pass of the model, once.
+
+    PEFT's loading compares the file itself, which settles it. transformers' `load_adapter` shows nobody the file, and casts
+    heads to the dtype of the model: of heads that it has rounded nothing can be said.
+
+    Args:
+        config: of the adapter. Its `heads_checksum` is None once the heads were compared.
+        adapter_name: the adapter.
+    """
+
+    def __init__(self, config: DiffPruningConfig, adapter_name: str) -> None:
+        self.config = config
+        self.adapter_name = adapter_name
+
+    def watch(self, model: nn.Module) -> None:
+        """Compare when `model` runs."""
+        model.register_forward_pre_hook(self)
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        """Raise ValueError if the heads are not those of the file."""
+        if torch.compiler.is_compiling():
+            return
+        for key in [key for key, hook in model._forward_pre_hooks.items() if hook is self]:
+            model._forward_pre_hooks.pop(key)
+        expected, self.config.heads_checksum = self.config.heads_checksum, None
+        heads = {
+            f"{name}.{key}": tensor
+            for name, wrapper in model.named_modules()
+            if isinstance(wrapper, ModulesToSaveWrapper) and self.adapter_name in wrapper.modules_to_save
+            for key, tensor in wrapper.modules_to_save[self.adapter_name].state_dict().items()
+        }
+        if expected is None or {t.dtype for t in heads.values() if t.is_floating_point()} != {torch.float32}:
+            return
+        as_stored = [
+            {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in heads.items()}
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        ]
+        if expected not in (seal.checksum_of_heads(tensors) for tensors in as_stored):
+            raise ValueError(
+                f"the heads of adapter {self.adapter_name!r}, {sorted(heads)[:3]}, are not those of its file: the file is "
+                "damaged, or they were changed after loading; load it with PeftModel.from_pretrained, or before you change "
+                f"them set peft_config[{self.adapter_name!r}].heads_checksum = None"
+            )

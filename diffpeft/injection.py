@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from diffpeft import fingerprint, loading
 from diffpeft.adapter import POSITIONS, VALUES, own_shapes
 from diffpeft.config import DiffPruningConfig
-from diffpeft.head import fresh_head
+from diffpeft.head import HeadCheck, fresh_head
 from diffpeft.layer import DiffPruningLayer, RootParameters
 from diffpeft.noise import NoisePass
 from diffpeft.output import OutputLayer
@@ -170,6 +170,8 @@ class Injection(BaseTuner):
         self._check_coverage(adapter_name, config)
         self._check_base(adapter_name, config)
         self._note_sharing()
+        if config.heads_checksum is not None:
+            HeadCheck(config, adapter_name).watch(model)
         if state_dict is not None:
             loading.check_modules(self.all_layers(), adapter_name, state_dict)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
     AlbertForSequenceClassification,
@@ -38,7 +39,16 @@ from transformers import (
     XLNetForSequenceClassification,
 )
 
+from diffpeft import DiffPruningConfig
+
 VOCABULARY, LENGTH, PIXELS, MELS, FRAMES, SAMPLES = 60, 8, 16, 8, 12, 160
+
+
+def pruned(base: PreTrainedModel, **config: object) -> PeftModel:
+    """A model with a finished adapter of random values."""
+    model = get_peft_model(base, DiffPruningConfig(**{"init_weights": False, "target_density": 0.05, **config}))
+    model.base_model.magnitude_prune()
+    return model
 
 
 class Architecture(NamedTuple):

@@ -1,22 +1,15 @@
 import json
-import os
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, pruned
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from diffpeft import DiffPruningConfig, atomic
+from diffpeft import DiffPruningConfig
 from diffpeft.files import read_adapter, write_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-
-def pruned(base, **config):
-    model = get_peft_model(base, DiffPruningConfig(**{"init_weights": False, "target_density": 0.05, **config}))
-    model.base_model.magnitude_prune()
-    return model
 
 
 def shapes_of(model):
@@ -182,89 +175,3 @@ def test_what_is_no_adapter_is_not_written(what, tmp_path):
     with pytest.raises(ValueError, match=message):
         write_adapter(tmp_path, DiffPruningConfig(), diff, {"a.b": torch.Size((3,))}, heads)
     assert not any(tmp_path.iterdir())
-
-
-class Killed(BaseException):
-    """What ends a process: no handler after it gets anything done."""
-
-
-class Mortal:
-    """Calls on the file system, of which the one with the number `last` and all after it end in `error`."""
-
-    def __init__(self, monkeypatch, last, error=Killed, forever=True):
-        self.calls, self.last, self.error, self.forever = 0, last, error, forever
-        monkeypatch.setattr(atomic, "save_file", self.wrap(atomic.save_file))
-        for owner, name in ((os, "replace"), (os, "fsync"), (atomic.Path, "unlink"), (atomic.Path, "write_text")):
-            monkeypatch.setattr(owner, name, self.wrap(getattr(owner, name)))
-
-    def wrap(self, function):
-        def call(*args, **kwargs):
-            self.calls += 1
-            if self.calls == self.last or (self.forever and self.calls > self.last):
-                raise self.error("killed")
-            return function(*args, **kwargs)
-
-        return call
-
-
-def adapters(make):
-    """Two adapters on other modules, one with a head and one without: no half of one fits the other."""
-    one = pruned(make(), target_density=0.1)
-    two = pruned(make(), target_density=0.01, target_modules=["query", "key"])
-    for model in (one, two):
-        heads = heads_of(make(), model.peft_config["default"].modules_to_save)
-        heads = {n: torch.full_like(t, 7.0) for n, t in heads.items()}
-        shapes = {n: s for n, s in shapes_of(make()).items() if n not in heads}
-        yield model.peft_config["default"], model.base_model.get_diff(), shapes, heads
-
-
-def loaded(make, directory):
-    """What the adapter makes of the base, as one tensor; None where PEFT refuses to load it."""
-    try:
-        model = PeftModel.from_pretrained(make(), directory)
-    except ValueError:
-        return None
-    return torch.cat([p.flatten() for p in model.merge_and_unload().state_dict().values()])
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_a_kill_at_any_moment_leaves_the_old_adapter_or_the_new_or_none(tiny_bert, tmp_path, monkeypatch, order):
-    both = list(adapters(tiny_bert))
-    old, new = both[order[0]], both[order[1]]
-    write_adapter(tmp_path / "old", *old)
-    write_adapter(tmp_path / "new", *new)
-    before, after = loaded(tiny_bert, tmp_path / "old"), loaded(tiny_bert, tmp_path / "new")
-    assert not torch.equal(before, after)
-    seen = []
-    for last in range(1, 100):
-        directory = tmp_path / f"killed{last}"
-        write_adapter(directory, *old)
-        with monkeypatch.context() as patch:
-            mortal = Mortal(patch, last)
-            try:
-                write_adapter(directory, *new)
-            except Killed:
-                pass
-            else:
-                break
-        found = loaded(tiny_bert, directory)
-        seen.append("none" if found is None else "old" if torch.equal(found, before) else "new")
-        assert found is None or torch.equal(found, before) or torch.equal(found, after)
-        write_adapter(directory, *new)
-        assert torch.equal(loaded(tiny_bert, directory), after), "writing again repairs it"
-    assert mortal.calls == last - 1
-    assert seen == sorted(seen, key=["old", "none", "new"].index), "each state comes once"
-    assert set(seen) == {"old", "none", "new"}
-
-
-@pytest.mark.parametrize("last", range(1, 8))
-def test_a_failure_before_the_weights_are_in_place_leaves_the_old_adapter(tiny_bert, tmp_path, monkeypatch, last):
-    old, new = adapters(tiny_bert)
-    write_adapter(tmp_path, *old)
-    names, expected = sorted(os.listdir(tmp_path)), loaded(tiny_bert, tmp_path)
-    with monkeypatch.context() as patch:
-        Mortal(patch, last, error=OSError, forever=False)
-        with pytest.raises(OSError, match="killed"):
-            write_adapter(tmp_path, *new)
-    assert sorted(os.listdir(tmp_path)) == names
-    assert torch.equal(loaded(tiny_bert, tmp_path), expected)

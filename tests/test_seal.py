@@ -1,6 +1,8 @@
 """Damage to an adapter's file is told: every bit of values, positions and heads is covered."""
 
+import copy
 import json
+import pickle
 import random
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from diffpeft import DiffPruningConfig, seal
 
@@ -109,6 +112,47 @@ def test_transformers_loads_with_the_same_checks(saved, tiny_bert, batch, tmp_pa
     model.load_adapter(str(tmp_path))  # fills tensors and asks nobody
     with pytest.raises(ValueError, match="checksum"):
         model(**batch())
+
+
+def test_heads_that_transformers_loaded_are_checked_at_the_first_forward(saved, tiny_bert, batch, tmp_path):
+    file = copy_of(saved[0], tmp_path)
+    tensors = load_file(file)
+    tensors["base_model.model.classifier.bias"].view(torch.uint8)[1] ^= 16
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = tiny_bert()
+    model.load_adapter(str(tmp_path))
+    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        with pytest.raises(ValueError, match=r"heads of adapter 'default', \['classifier.*are not those"):
+            one(**batch())
+    with pytest.raises(ValueError, match="checksum of the heads"):
+        PeftModel.from_pretrained(tiny_bert(), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("of_file", ["float32", "bfloat16"])
+def test_heads_that_a_loader_has_cast_are_not_taken_for_damaged(saved, tiny_bert, batch, tmp_path, dtype, of_file):
+    model = PeftModel.from_pretrained(tiny_bert(), saved[0])
+    model.base_model.model.classifier.to(getattr(torch, of_file))
+    model.save_pretrained(tmp_path)
+    native = tiny_bert().to(getattr(torch, dtype))
+    native.load_adapter(str(tmp_path))
+    for _ in range(2):
+        native(**batch())
+    with torch.no_grad():  # what happens after the first forward is the user's affair
+        native.classifier.modules_to_save["default"].weight.add_(1)
+    native(**batch())
+
+
+def test_an_adapter_that_transformers_saves_over_another_loads(saved, tiny_bert, batch, tmp_path):
+    copy_of(saved[0], tmp_path)
+    model = tiny_bert()
+    model.load_adapter(str(tmp_path))
+    with torch.no_grad():
+        model.classifier.modules_to_save["default"].weight.fill_(3)
+    model.peft_config["default"].heads_checksum = None
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path)
+    assert torch.equal(loaded.eval()(**batch()).logits, model.eval()(**batch()).logits)
 
 
 def test_a_newer_format_is_refused(saved, tiny_bert, tmp_path):
