@@ -130,7 +130,7 @@ def _checkpoint(
 
 def _of_directory(directory: Path) -> Checkpoint:
     stored = _stored(directory)
-    skeleton = _skeleton(directory)
+    skeleton = skeleton_of(directory)
     if skeleton is not None:
         stored = _renamed(stored, skeleton, directory)
 
@@ -172,8 +172,8 @@ def _stored(directory: Path) -> dict[str, _Stored]:
     return stored
 
 
-def _skeleton(directory: Path) -> PreTrainedModel | None:
-    """The model of the directory without its weights; None where its architecture is not one of transformers."""
+def skeleton_of(directory: Path) -> PreTrainedModel | None:
+    """The model of a directory, of whose files config.json is enough, without its weights; None where its architecture is not one of transformers."""
     try:
         config = json.loads((directory / CONFIG).read_text())
     except FileNotFoundError:

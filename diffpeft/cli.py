@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +12,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import AutoConfig
 
 from diffpeft import seal
-from diffpeft.checkpoint import open_checkpoint
+from diffpeft.checkpoint import open_checkpoint, skeleton_of
 from diffpeft.combine import combine as combine_diffs
 from diffpeft.compare import overlap
 from diffpeft.config import DiffPruningConfig
@@ -25,6 +24,7 @@ from diffpeft.export import to_checkpoint, to_coo, to_super_tuning
 from diffpeft.extract import extract_diff
 from diffpeft.files import Diff, read_adapter, write_adapter
 from diffpeft.files import owners as owners_of
+from diffpeft.hub import ADAPTER_FILES, CONFIG_FILES, MODEL_FILES, fetch
 from diffpeft.plots import counts, draw
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at diffs, and make others from them.")
@@ -32,27 +32,25 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at diff
 console, problems = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
 
 Base = Annotated[
-    str | None, typer.Option("--base", help="Directory of the base model; default: what the config names.")
+    str | None,
+    typer.Option("--base", help="The base model, a directory or on the Hub; default: what the config names."),
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Adapter = Annotated[Path, typer.Argument(help="Directory of a finished adapter.")]
+Adapter = Annotated[str, typer.Argument(help="A finished adapter: a directory, or on the Hub.")]
 
 
 class Opened:
     """An adapter, and the shapes of its base model's parameters."""
 
-    def __init__(self, directory: Path, base: str | None) -> None:
-        if not directory.is_dir():
-            raise ValueError(f"{directory} is no directory; an adapter is one, with adapter_config.json in it")
-        named = DiffPruningConfig.from_pretrained(str(directory)).base_model_name_or_path
-        self.base = base or named
-        if self.base is None or not Path(self.base).is_dir():
-            raise ValueError(f"the base model {self.base!r} is no directory here; give one with --base")
-        config = json.loads((directory / "adapter_config.json").read_text())
-        shapes = _shapes(self.base, config.get("nnz_pattern") or {})
-        self.config, self.diff, self.heads = read_adapter(directory, shapes)
+    def __init__(self, adapter: str, base: str | None) -> None:
+        self.name, self.directory = adapter, fetch(adapter, ADAPTER_FILES)
+        named = DiffPruningConfig.from_pretrained(str(self.directory))
+        if base is None and named.base_model_name_or_path is None:
+            raise ValueError(f"{adapter} does not tell its base model; give it with --base")
+        self.base = str(base or named.base_model_name_or_path)
+        shapes = _shapes(self.base, named.nnz_pattern or {})
+        self.config, self.diff, self.heads = read_adapter(self.directory, shapes)
         self.shapes = {name: shape for name, shape in shapes.items() if name not in self.heads}
-        self.directory = directory
 
     @property
     def bytes(self) -> int:
@@ -62,7 +60,7 @@ class Opened:
 
 def _shapes(base: str, nnz: dict[str, int]) -> dict[str, torch.Size]:
     """Shapes by the adapter's names, which lead through the backbone's name where the base is a bare backbone."""
-    shapes = dict(open_checkpoint(base).parameters)
+    shapes = dict(_base_shapes(base))
     missing = sorted(nnz.keys() - shapes.keys())
     for name in missing:
         prefix, _, rest = name.partition(".")
@@ -71,12 +69,24 @@ def _shapes(base: str, nnz: dict[str, int]) -> dict[str, torch.Size]:
     return shapes
 
 
+def _base_shapes(base: str) -> dict[str, torch.Size]:
+    try:
+        directory = fetch(base, CONFIG_FILES)
+    except ValueError as error:
+        raise ValueError(f"the base model: {error}; give another with --base") from None
+    model = None if Path(base).is_dir() else skeleton_of(directory)  # its weights need no download
+    if model is None:
+        return open_checkpoint(fetch(base, MODEL_FILES)).parameters
+    return {name: parameter.shape for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+
+
 @contextmanager
-def _working(text: str) -> Iterator[None]:
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+def _working(text: str) -> Iterator[Callable[[float], None]]:
+    """Shows how far a long work is; gives what tells it the share that is done."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=problems, transient=True) as progress:
-        progress.add_task(text, total=None)
-        yield
+        task = progress.add_task(text, total=1.0)
+        yield lambda share: progress.update(task, completed=share)
 
 
 def _show(rows: list[dict[str, Any]], title: str, as_json: bool, total: dict[str, Any] | None = None) -> None:
@@ -129,16 +139,20 @@ def plot(adapter: Adapter, picture: Path, base: Base = None) -> None:
 
 
 @app.command()
-def verify(adapters: Annotated[list[Path], typer.Argument()], base: Base = None, as_json: AsJSON = False) -> None:
+def verify(
+    adapters: Annotated[list[str], typer.Argument(help="Directories, or on the Hub.")],
+    base: Base = None,
+    as_json: AsJSON = False,
+) -> None:
     """Read adapters whole and check everything that can be checked; exit code 1 if one is damaged."""
     rows = []
     for directory in adapters:
         try:
             opened = Opened(directory, base)
             verdict = f"{sum(counts(opened.diff).values())} nonzeros, whole"
-            rows.append({"adapter": str(directory), "whole": True, "found": verdict})
+            rows.append({"adapter": directory, "whole": True, "found": verdict})
         except (ValueError, OSError) as error:
-            rows.append({"adapter": str(directory), "whole": False, "found": str(error)})
+            rows.append({"adapter": directory, "whole": False, "found": str(error)})
     _show(rows, "", as_json)
     raise typer.Exit(0 if all(row["whole"] for row in rows) else 1)
 
@@ -165,16 +179,20 @@ def diff(first: Adapter, second: Adapter, base: Base = None, as_json: AsJSON = F
 
 @app.command()
 def extract(
-    base: Annotated[Path, typer.Argument(help="Directory of the base model.")],
-    finetuned: Annotated[Path, typer.Argument(help="Directory of a full fine-tune of it.")],
+    base: Annotated[str, typer.Argument(help="The base model: a directory, or on the Hub.")],
+    finetuned: Annotated[str, typer.Argument(help="A full fine-tune of it: a directory, or on the Hub.")],
     output: Annotated[Path, typer.Argument(help="Where the adapter goes.")],
     density: Annotated[float, typer.Option(help="Nonzeros as a share of the parameters.")] = 0.005,
     task_type: Annotated[str | None, typer.Option(help="For the adapter's config, e.g. SEQ_CLS.")] = None,
     value_dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Turn a fully fine-tuned checkpoint into an adapter, tensor by tensor."""
-    with _working(f"extracting {finetuned}"):
-        found = extract_diff(base, finetuned, density, output, task_type=task_type, value_dtype=value_dtype)
+    old, new = fetch(base, MODEL_FILES), fetch(finetuned, MODEL_FILES)
+    named = None if Path(base).is_dir() else base
+    with _working(f"extracting {finetuned}") as progress:
+        found = extract_diff(
+            old, new, density, output, task_type=task_type, value_dtype=value_dtype, base_name=named, progress=progress
+        )
     console.print(f"kept {found.kept:,} of {found.total:,} ({found.density:.4%}) in {output}")
     for what, names in (("only in the base", found.only_in_base), ("buffers that differ", found.differing_buffers)):
         if names:
@@ -185,8 +203,9 @@ def extract(
 def merge(adapter: Adapter, output: Path, base: Base = None) -> None:
     """Write the base model with the diff merged, as a checkpoint of its own."""
     opened = Opened(adapter, base)
-    with _working(f"merging {adapter}"):
-        to_checkpoint(str(opened.base), opened.diff, output, opened.heads or None)
+    directory = fetch(opened.base, MODEL_FILES)
+    with _working(f"merging {adapter}") as progress:
+        to_checkpoint(directory, opened.diff, output, opened.heads or None, progress)
     console.print(f"wrote {output}")
 
 
@@ -203,12 +222,9 @@ def export(
     if to == "coo":
         to_coo(opened.diff, opened.shapes, output)
     elif to == "super-tuning":
-        config = AutoConfig.from_pretrained(opened.base)
-        model_class = open_checkpoint(str(opened.base)).model_class
-        if model_class is None:
+        model = skeleton_of(fetch(opened.base, CONFIG_FILES))
+        if model is None:
             raise ValueError(f"{opened.base} does not tell its model's class, which says where its linear layers are")
-        with torch.device("meta"):
-            model = model_class(config)
         found = to_super_tuning(
             opened.diff,
             model,
@@ -227,23 +243,21 @@ def export(
 
 @app.command()
 def combine(
-    adapters: Annotated[list[Path], typer.Argument(help="Adapters of one base.")],
+    adapters: Annotated[list[str], typer.Argument(help="Adapters of one base.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the new adapter goes.")],
     weights: Annotated[list[float] | None, typer.Option("--weight", "-w", help="One an adapter; default 1.")] = None,
     combination_type: Annotated[str, typer.Option("--type", help="linear, ties, dare_linear, ...")] = "linear",
     density: Annotated[float | None, typer.Option(help="Share of each diff's nonzeros; not for linear.")] = None,
     target_density: Annotated[float | None, typer.Option(help="Nonzeros of the result at most, as a share.")] = None,
-    heads_from: Annotated[Path | None, typer.Option(help="Whose heads to take, if several have some.")] = None,
+    heads_from: Annotated[str | None, typer.Option(help="Whose heads to take, if several have some.")] = None,
     base: Base = None,
 ) -> None:
     """Make one adapter of several."""
-    opened = [Opened(directory, base) for directory in adapters]
+    opened = [Opened(adapter, base) for adapter in adapters]
     with_heads = [one for one in opened if one.heads]
-    chosen = [one for one in with_heads if one.directory == heads_from] if heads_from else with_heads
+    chosen = [one for one in with_heads if one.name == heads_from] if heads_from else with_heads
     if len(with_heads) > 1 and len(chosen) != 1:
-        raise ValueError(
-            f"{[str(one.directory) for one in with_heads]} have heads, which cannot be summed; use --heads-from"
-        )
+        raise ValueError(f"{[one.name for one in with_heads]} have heads, which cannot be summed; use --heads-from")
     shapes = {name: shape for one in opened for name, shape in one.shapes.items()}
     total = sum(shape.numel() for shape in shapes.values())
     budget = None if target_density is None else max(1, round(target_density * total))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ class WeightPatch(NamedTuple):
 
 def _places(directory: Path) -> dict[str, list[Any]]:
     """Where each parameter is in the files, by its name in the model: a tied one may be there under each of its names."""
-    stored, skeleton = checkpoint._stored(directory), checkpoint._skeleton(directory)
+    stored, skeleton = checkpoint._stored(directory), checkpoint.skeleton_of(directory)
     if skeleton is None:
         return {name: [place] for name, place in stored.items()}
     stored = checkpoint._renamed(stored, skeleton, directory)
@@ -96,6 +96,7 @@ def to_checkpoint(
     diff: Diff,
     output: str | os.PathLike[str],
     heads: Mapping[str, Tensor] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> None:
     """Write the base model with the diff added: the tensors of `merge_and_unload().save_pretrained()`, to the bit.
 
@@ -107,6 +108,7 @@ def to_checkpoint(
         diff: positions and values of shape (k,) by parameter name.
         output: must not be there yet, unless empty.
         heads: tensors that replace those of their names, in the dtype of the base.
+        progress: called with the share of a directory's tensors that are written.
 
     Raises:
         ValueError: a diff or heads that do not fit the base; a sum that is not finite; an `output` with files in it;
@@ -118,7 +120,7 @@ def to_checkpoint(
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         if isinstance(base, (str, os.PathLike)):
-            _write_directory(Path(base), diff, scratch, heads or {})
+            _write_directory(Path(base), diff, scratch, heads or {}, progress or (lambda share: None))
         else:
             _write_model(base, diff, scratch, heads or {})
         if target.exists():
@@ -136,7 +138,9 @@ def _check_heads(heads: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) 
             )
 
 
-def _write_directory(directory: Path, diff: Diff, scratch: Path, heads: Mapping[str, Tensor]) -> None:
+def _write_directory(
+    directory: Path, diff: Diff, scratch: Path, heads: Mapping[str, Tensor], progress: Callable[[float], None]
+) -> None:
     places = _places(directory)
     shapes = {name: found[0].shape for name, found in places.items()}
     check_diff(diff, shapes)
@@ -145,7 +149,8 @@ def _write_directory(directory: Path, diff: Diff, scratch: Path, heads: Mapping[
     shutil.copytree(directory, scratch, ignore=shutil.ignore_patterns(*OTHER_WEIGHTS), copy_function=shutil.copyfile)
     for file in {place.file for found in places.values() for place in found}:
         shutil.copyfile(file, scratch / file.name)
-    for name in {**diff, **heads}:
+    changed = {**diff, **heads}
+    for done, name in enumerate(changed, start=1):
         for place in places[name]:
             tensor = _load(place)
             if name in diff:
@@ -154,6 +159,7 @@ def _write_directory(directory: Path, diff: Diff, scratch: Path, heads: Mapping[
             if name in heads:
                 tensor.copy_(heads[name])
             _overwrite(scratch / place.file.name, place.key, tensor)
+        progress(done / len(changed))
 
 
 def _overwrite(file: Path, key: str, tensor: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,8 @@ def extract_diff(
     exclude: Sequence[str] | str = (),
     value_dtype: str = "float32",
     task_type: str | None = None,
+    base_name: str | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Extraction:
     """Turn a fully fine-tuned model into a finished adapter: the k largest |finetuned - base| of all tensors together.
 
@@ -70,6 +72,8 @@ def extract_diff(
         exclude: modules to leave as in the base, as `exclude_modules` of the config: names or suffixes, or a regex.
         value_dtype: of the values; "bfloat16" and "float16" make smaller files and less exact models.
         task_type: for the adapter's config, e.g. "SEQ_CLS".
+        base_name: of the base model in the adapter's config, by default what `base` is.
+        progress: called with the share of the readings that are done, before each; there are four of every pair of tensors.
 
     Raises:
         ValueError: a directory that cannot be read; models that are not of one architecture; a parameter of the backbone
@@ -91,7 +95,7 @@ def extract_diff(
         raise ValueError(
             f"density={density} of {total} parameters, {len(compared)} tensors, is {k} nonzeros; use a higher one"
         )
-    differences = _Differences(old, new, {name: names[name] for name in compared})
+    differences = _Differences(old, new, {name: names[name] for name in compared}, progress)
     differing = sum(differences.count(name) for name in compared)
     if not differing:
         raise ValueError(f"{old.label} and {new.label} are the same outside the heads, so there is nothing to extract")
@@ -106,7 +110,7 @@ def extract_diff(
         config = DiffPruningConfig(
             task_type=task_type,
             auto_mapping=None if task_type is not None else _mapping(new),
-            base_model_name_or_path=_path(base),
+            base_model_name_or_path=base_name or _path(base),
             target_density=density,
             modules_to_save=modules or None,
             exclude_modules=(exclude if isinstance(exclude, str) else list(exclude)) or None,
@@ -170,14 +174,24 @@ class _Differences:
         old: the base.
         new: the fine-tuned model.
         names: the base's names by those in the fine-tuned model.
+        progress: called with the share of all readings that are done.
     """
 
-    def __init__(self, old: Checkpoint, new: Checkpoint, names: dict[str, str]) -> None:
+    READINGS = 4
+    """Of each pair: one to count what differs, two to find the threshold, one to take what is above it."""
+
+    def __init__(
+        self, old: Checkpoint, new: Checkpoint, names: dict[str, str], progress: Callable[[float], None] | None
+    ) -> None:
         self.old, self.new, self.names = old, new, names
+        self._progress, self._read = progress, 0
         self._place = torch.empty(max(new.parameters[name].numel() for name in names))
 
     def of(self, name: str) -> Tensor:
         """The differences in the parameter `name`; they last until the next are asked for."""
+        if self._progress is not None:
+            self._progress(self._read / (self.READINGS * len(self.names)))
+        self._read += 1
         delta = self._place[: self.new.parameters[name].numel()]
         changed = self.new.load(name)
         if changed.dtype == torch.float64:

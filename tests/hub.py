@@ -91,13 +91,17 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         resolve = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        asked = resolve or re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
+        tree = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path)
+        asked = resolve or tree or re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", path)
         if asked is None:
             self._error(501, f"{self.command} {path} is not known")
         elif asked[1] not in self.hub.repos:
             self._error(404, "RepoNotFound")
         elif (commit := self.hub.at(asked[1], asked[2] or "main")) is None:
             self._error(404, "RevisionNotFound")
+        elif tree:
+            files = commit.files.items()
+            self._json([{"type": "file", "path": n, "size": len(c), "oid": blob_id(c)} for n, c in files])
         elif not resolve:
             siblings = [{"rfilename": name} for name in commit.files]
             self._json({"id": asked[1], "sha": commit.sha, "siblings": siblings, "tags": []})

@@ -138,7 +138,7 @@ def test_plot_draws_a_picture(adapters, tmp_path):
     ("arguments", "reason"),
     [
         (["inspect", "nowhere"], "nowhere is no directory"),
-        (["inspect", "{one}", "--base", "nowhere"], "give one with --base"),
+        (["inspect", "{one}", "--base", "nowhere"], "give another with --base"),
         (["combine", "{one}", "-o", "{out}", "-w", "1", "-w", "2"], "one weight a diff"),
         (["extract", "{base}", "{base}", "{out}"], "nothing to extract"),
     ],

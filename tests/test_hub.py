@@ -8,10 +8,12 @@ import pytest
 import torch
 from hub import client, serve
 from huggingface_hub import ModelCard, create_repo, upload_folder
+from huggingface_hub.constants import HF_HUB_CACHE
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
 
-from diffpeft import DiffPruningConfig, push_to_hub
+from diffpeft import DiffPruningConfig, cli, push_to_hub
 from diffpeft.adapter import VALUES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file")  # saving looks for the base on the Hub
@@ -43,6 +45,15 @@ def with_auto_class(repo, **where):
 
 def with_auto_class_of_transformers(repo, **where):
     return logits(AutoModelForSequenceClassification.from_pretrained(repo, adapter_kwargs=where))
+
+
+def command_line(*arguments):
+    """Exit code, standard output, and the files that are in the cache."""
+    result = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    cached = {file.name for file in Path(HF_HUB_CACHE).rglob("snapshots/*/*")}
+    return result.exit_code, result.stdout, cached
 
 
 LOADERS = [with_peft, with_transformers, with_auto_class, with_auto_class_of_transformers]
@@ -163,3 +174,32 @@ def test_one_flipped_bit_on_the_server_is_refused(load, hub, reader):
     hub.commit(repo, "damage", {**files, WEIGHTS: bytes(weights)})
     with pytest.raises(ValueError, match="checksum of its positions and values is wrong: the file is damaged"):
         reader.submit(load, repo).result()
+
+
+@pytest.fixture
+def newcomer(hub, tmp_path):
+    """A process that has nothing of the Hub yet."""
+    with client(hub, tmp_path / "cache") as newcomer:
+        yield newcomer
+
+
+def test_the_command_line_takes_repositories(made, newcomer, tmp_path):
+    code, output, cached = newcomer.submit(command_line, "inspect", "user/task", "--json").result()
+    total = json.loads(output)["total"]
+    nnz = json.loads((made[0] / "second" / CONFIG).read_text())["nnz_pattern"]
+    assert (code, total["nonzeros"]) == (0, sum(nnz.values()))
+    assert total["bytes"] == (made[0] / "second" / WEIGHTS).stat().st_size
+    assert cached == {WEIGHTS, CONFIG, "config.json"}, "of the base only its configuration is needed"
+    assert newcomer.submit(command_line, "verify", "user/task", "user/folder").result()[0] == 0
+    assert newcomer.submit(command_line, "diff", "user/task", "user/card", "--base", "user/base").result()[0] == 0
+    code, _, cached = newcomer.submit(command_line, "merge", "user/task", tmp_path / "merged").result()
+    assert (code, "model.safetensors" in cached) == (0, True)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(torch.tensor(logits(merged)), torch.tensor(made[1]["second"]), atol=1e-6)
+    arguments = "extract", "user/base", tmp_path / "merged", tmp_path / "again", "--task-type", "SEQ_CLS"
+    assert newcomer.submit(command_line, *arguments, "--density", 0.5).result()[0] == 0
+    assert json.loads((tmp_path / "again" / CONFIG).read_text())["base_model_name_or_path"] == "user/base"
+    with pytest.raises(ValueError, match="user/none is no directory, and not to be had from the Hub"):
+        newcomer.submit(command_line, "inspect", "user/none").result()
+    with pytest.raises(ValueError, match=r"user/base has no adapter_config\.json"):
+        newcomer.submit(command_line, "inspect", "user/base").result()
