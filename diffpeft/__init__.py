@@ -13,6 +13,7 @@ from diffpeft.hub import push_to_hub
 from diffpeft.layer import DiffPruningLayer
 from diffpeft.model import DiffPruningModel
 from diffpeft.registration import register
+from diffpeft.resume import last_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "DiffPruningModel",
     "__version__",
     "extract_diff",
+    "last_checkpoint",
     "push_to_hub",
 ]
 

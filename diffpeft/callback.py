@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from diffpeft import resume
 from diffpeft.ddp import DDPFinder
-from diffpeft.model import GATING, DiffPruningModel
+from diffpeft.logs import LEARNING_RATE
+from diffpeft.model import FIXMASK, GATING, DiffPruningModel
 
 logger = logging.getLogger(__name__)
 
@@ -41,22 +45,35 @@ def check_setting(args: TrainingArguments) -> None:
 class DiffPruningCallback(TrainerCallback, ExportableState):
     """Gating, then magnitude pruning, then fixmask, in one `trainer.train()`.
 
+    A run that is resumed, from the checkpoint that [`diffpeft.last_checkpoint`] names, ends bit for bit where the unbroken
+    one does. A run that is stopped in gating is pruned where it stops.
+
     Args:
         gating_ratio: gating's share of the run's steps, in (0, 1].
         gating_steps: gating's length in optimizer steps, instead of a share. 0 only trains an adapter that is pruned.
         fixmask_learning_rate: learning rate that fixmask starts with; from there it follows what is left of the
             schedule. None: `FIXMASK_FACTOR` times the run's `learning_rate`.
+        fixmask_warmup_steps: over how many of its first steps fixmask's learning rate rises to that, in equal parts; below
+            1 a share of fixmask.
 
     Raises:
-        ValueError: when training begins, if the model has no diff-pruning adapter, gating is longer than the run, or
-            the checkpoint that training resumes from was made with another length of gating.
+        ValueError: when training begins, if the model has no diff-pruning adapter, gating is longer than the run, or the
+            checkpoint that training resumes from is damaged or of another run: its config, base or length of gating.
+        FloatingPointError: gradients are NaN or infinite. The model is as it was before the update.
     """
 
     FIXMASK_FACTOR = 10.0
     """A sparse diff bears, and needs, a larger learning rate than the whole network; the reference has a factor of 5."""
 
+    MAX_SKIPPED = 64
+    """Updates in a row that fp16's gradient scaler may skip: it halves its scale each time, from 2^16."""
+
     def __init__(
-        self, gating_ratio: float = 0.5, gating_steps: int | None = None, fixmask_learning_rate: float | None = None
+        self,
+        gating_ratio: float = 0.5,
+        gating_steps: int | None = None,
+        fixmask_learning_rate: float | None = None,
+        fixmask_warmup_steps: float = 0,
     ) -> None:
         if gating_steps is None and not 0 < gating_ratio <= 1:
             raise ValueError(f"gating_ratio={gating_ratio} is no share of the run; use 0 < gating_ratio <= 1")
@@ -64,22 +81,34 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             raise ValueError(f"gating_steps={gating_steps} is negative; use 0 or more")
         if fixmask_learning_rate is not None and not fixmask_learning_rate > 0:
             raise ValueError(f"fixmask_learning_rate={fixmask_learning_rate} trains nothing; use a positive number")
+        if not 0 <= fixmask_warmup_steps < math.inf:
+            raise ValueError(f"fixmask_warmup_steps={fixmask_warmup_steps} is no number of steps; use 0 or more")
         self.gating_ratio = gating_ratio
         self.gating_steps = gating_steps
         self.fixmask_learning_rate = fixmask_learning_rate
+        self.fixmask_warmup_steps = fixmask_warmup_steps
         self.transition_step = 0
         """The step at whose end pruning happens; known once training has begun."""
+        self._factors: list[float] = []  # fixmask's learning rate / the scheduled one, of each group of the optimizer
+        self._scheduled: list[Any] = []  # rates of the groups, while an update has another
+        self._skipped = 0
+        self._tuner: DiffPruningModel | None = None
+        self._settings: dict[str, Any] = {}
         self._ddp = DDPFinder()
-        self._rates: list[Any] = []
 
     def state(self) -> dict[str, Any]:
-        """What the checkpoint's trainer_state.json keeps of the callback."""
+        """What the checkpoint's trainer_state.json keeps of the callback. The Trainer calls it when the adapter is saved."""
         arguments = {
             "gating_ratio": self.gating_ratio,
             "gating_steps": self.gating_steps,
             "fixmask_learning_rate": self.fixmask_learning_rate,
+            "fixmask_warmup_steps": self.fixmask_warmup_steps,
         }
-        return {"args": arguments, "attributes": {"transition_step": self.transition_step}}
+        attributes = {"transition_step": self.transition_step, "_factors": self._factors}
+        if self._tuner is None:
+            return {"args": arguments, "attributes": attributes}
+        saved = {**self._settings, "adapter": resume.checksum(self._tuner, self._tuner.active_adapters[0])}
+        return {"args": arguments, "attributes": attributes, "saved": saved}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -93,120 +122,147 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 "model = get_peft_model(model, DiffPruningConfig())"
             )
         check_setting(args)
-        steps = (
-            self.gating_steps if self.gating_steps is not None else max(1, round(self.gating_ratio * state.max_steps))
-        )
+        self.transition_step = self._gating_steps(state)
+        self._factors, self._scheduled, self._skipped = [], [], 0
+        name = tuner._name(None)
+        if state.global_step:
+            self._resume(tuner, name, state)
+        gating = tuner.phase() == GATING
+        if gating and state.global_step >= self.transition_step:
+            raise ValueError(
+                f"the adapter is in gating, but the run is at step {state.global_step} and gating ends after "
+                f"{self.transition_step}; use gating_steps > 0, and resume from a checkpoint that holds the adapter"
+            )
+        if not gating and state.global_step < self.transition_step:
+            raise ValueError(
+                f"the adapter is pruned already, but gating lasts until step {self.transition_step}; to go on in fixmask use "
+                "DiffPruningCallback(gating_steps=0)"
+            )
+        if not args.learning_rate > 0:
+            raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
+        self._tuner, self._settings = tuner, resume.settings(tuner, name)
+        self._ddp.watch(model)
+
+    def _gating_steps(self, state: TrainerState) -> int:
+        steps: int = self.gating_steps or 0
+        if self.gating_steps is None:
+            steps = max(1, round(self.gating_ratio * state.max_steps))
         if steps > state.max_steps:
             raise ValueError(
                 f"gating_steps={steps} is more than the {state.max_steps} steps of the run; lower it, or raise "
                 "num_train_epochs or max_steps"
             )
-        saved = state.stateful_callbacks.get(type(self).__name__, {})
-        before = saved.get("attributes", {}).get("transition_step") if isinstance(saved, dict) else None
-        if state.global_step and before and before != steps:
+        return steps
+
+    def _resume(self, tuner: DiffPruningModel, adapter_name: str, state: TrainerState) -> None:
+        """Take up what the checkpoint says, if it is one of this run."""
+        entry: Any = state.stateful_callbacks.get(type(self).__name__)
+        if not isinstance(entry, dict) or "saved" not in entry:
             raise ValueError(
-                f"the checkpoint was made with {before} gating steps, this run has {steps}; resume with gating_steps={before}"
+                f"the checkpoint of step {state.global_step} has no state of {type(self).__name__}: it was made without it, "
+                "or with two of them; resume from one that was made with one, or begin a new run"
             )
-        gating = tuner.phase() == GATING
-        if gating and state.global_step >= steps:
+        before = entry["attributes"]["transition_step"]
+        if before != self.transition_step:
             raise ValueError(
-                f"the adapter is in gating, but the run is at step {state.global_step} and gating ends after {steps}; "
-                "use gating_steps > 0, and resume from a checkpoint that holds the adapter"
+                f"the checkpoint was made with {before} gating steps, this run has {self.transition_step}; resume with "
+                f"gating_steps={before}"
             )
-        if not gating and state.global_step < steps:
-            raise ValueError(
-                f"the adapter is pruned already, but gating lasts until step {steps}; to go on in fixmask use "
-                "DiffPruningCallback(gating_steps=0)"
-            )
-        if not args.learning_rate > 0:
-            raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
-        self.transition_step = steps
-        self._ddp.watch(model)
+        resume.check(tuner, adapter_name, entry["saved"])
+        self._factors = entry["attributes"]["_factors"]
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move the gates, once an update: after clipping, so that nothing scales the penalty.
+        """Move the gates, once an update: after clipping, so that nothing scales the penalty; and set the learning rate.
 
         With the automatic penalty the update's learning rate goes over to fixmask's as the expected density falls: the
         fewer parameters carry the task, the farther each has to move. With a fixed lambda it stays as scheduled, as in
-        the paper.
+        the paper. Fixmask's is a multiple of the scheduled one.
         """
-        tuner = DiffPruningModel.of(kwargs["model"])
-        if tuner is None or tuner.phase() != GATING:
+        tuner, optimizer = self._tuner, kwargs["optimizer"]
+        if tuner is None:
             return
-        tuner.gate_step(state.global_step, self.transition_step)
-        if tuner.peft_config[tuner.active_adapters[0]].l0_lambda != "auto":
-            return
-        progress = tuner.sparsification()
-        self._rates = [group["lr"] for group in kwargs["optimizer"].param_groups]
-        for group, rate in zip(kwargs["optimizer"].param_groups, self._rates, strict=True):
-            group["lr"] = rate * (self._fixmask_rate(args) / args.learning_rate) ** progress
+        if tuner.is_gated():
+            finite = not math.isnan(tuner.gate_step(state.global_step, self.transition_step))
+        else:
+            finite = _finite_gradients(optimizer)
+        self._check_finite(finite, args, state)
+        self._scheduled = [group["lr"] for group in optimizer.param_groups]
+        factors = self._rate_factors(tuner, args, state)
+        for group, factor in zip(optimizer.param_groups, factors, strict=True):
+            group["lr"] = group["lr"] * factor
+        setattr(state, LEARNING_RATE, float(optimizer.param_groups[0]["lr"]))
+
+    def _rate_factors(self, tuner: DiffPruningModel, args: TrainingArguments, state: TrainerState) -> list[float]:
+        """What the scheduled learning rate of each group is multiplied by."""
+        if tuner.phase() == GATING:
+            automatic = tuner.is_gated() and tuner.peft_config[tuner.active_adapters[0]].l0_lambda == "auto"
+            progress = tuner.sparsification() if automatic else 0.0
+            return [(self._fixmask_rate(args) / args.learning_rate) ** progress] * len(self._scheduled)
+        warmup = self.fixmask_warmup_steps
+        if warmup < 1:
+            warmup *= state.max_steps - self.transition_step
+        risen = min(1.0, (state.global_step + 1 - self.transition_step) / max(1.0, warmup))
+        return [risen * factor for factor in self._factors or [1.0] * len(self._scheduled)]
+
+    def _check_finite(self, finite: bool, args: TrainingArguments, state: TrainerState) -> None:
+        self._skipped = 0 if finite else self._skipped + 1
+        if not finite and (not args.fp16 or self._skipped > self.MAX_SKIPPED):
+            raise FloatingPointError(
+                f"the gradients of step {state.global_step + 1} are NaN or infinite"
+                f"{f', for the {self._skipped}th time in a row' if args.fp16 else ''}; the model is as it was before this "
+                "update. Look at the loss and the data of this step, lower the learning rate, and resume from the last "
+                "checkpoint"
+            )
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the optimizer its scheduled learning rates back."""
-        for group, rate in zip(kwargs["optimizer"].param_groups, self._rates, strict=False):
+        for group, rate in zip(kwargs["optimizer"].param_groups, self._scheduled, strict=False):
             group["lr"] = rate
-        self._rates = []
+        self._scheduled = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """At the end of gating prune, before the step's evaluation and checkpoint."""
-        tuner = DiffPruningModel.of(kwargs["model"])
-        if tuner is None or state.global_step != self.transition_step or tuner.phase() != GATING:
+        tuner = self._tuner
+        if tuner is None or state.global_step > self.transition_step:
+            return
+        # In gating a metric says little about the diff that will be: it must not choose the best checkpoint, which would
+        # be dense, nor stop training early, nor lower the learning rate.
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        scheduler = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])  # without Accelerate's wrapper
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler._reset()
+        if state.global_step < self.transition_step or tuner.phase() == FIXMASK:
             return
         summary = tuner.magnitude_prune(optimizer=kwargs["optimizer"])
-        self._restart_learning_rate(args, kwargs["optimizer"], kwargs["lr_scheduler"])
+        rates = [float(group["lr"]) for group in kwargs["optimizer"].param_groups]
+        self._factors = [self._fixmask_rate(args) / rate if rate > 0 else 1.0 for rate in rates]
         self._ddp.rebuild()
-        # A checkpoint from before may look better, but its diff is dense: training must not end by bringing it back.
-        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if state.is_world_process_zero:
             logger.info("step %d: %s", state.global_step, summary)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop watching the model."""
+        """Prune what was stopped in gating, and let go of the model."""
+        tuner, self._tuner = self._tuner, None
         self._ddp.stop()
+        if tuner is not None and tuner.phase() == GATING:
+            warnings.warn(
+                f"training was stopped at step {state.global_step}, in gating, which lasts until step "
+                f"{self.transition_step}: the diff is pruned as it is and has no fixmask. To go on instead, resume from the "
+                "last checkpoint",
+                stacklevel=2,
+            )
+            tuner.magnitude_prune()
 
     def _fixmask_rate(self, args: TrainingArguments) -> float:
         return self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate
 
-    def _restart_learning_rate(self, args: TrainingArguments, optimizer: Any, scheduler: Any) -> None:
-        """Scale the rest of the schedule so that it starts from fixmask's own learning rate.
 
-        The scheduler saves its base rates, so a resumed run goes on with them.
-        """
-        rate = self._fixmask_rate(args)
-        scheduler = getattr(scheduler, "scheduler", scheduler)  # Accelerate's wrapper
-        for index, group in enumerate(optimizer.param_groups):
-            current = float(group["lr"])
-            if isinstance(scheduler, LambdaLR) and current > 0:
-                factor = rate / current
-                scheduler.base_lrs[index] *= factor
-                group["initial_lr"] = scheduler.base_lrs[index]
-                scheduler._last_lr[index] = rate
-            group["lr"] = torch.full_like(group["lr"], rate) if isinstance(group["lr"], torch.Tensor) else rate
-
-
-class DiffPruningLogCallback(TrainerCallback):
-    """Adds the adapter's state to every training log. Registered for all Trainers, ahead of the reporters; does nothing
-    for a model without a diff-pruning adapter."""
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add `diffpruning/*` to the log entry and to its copy in `log_history`."""
-        tuner = DiffPruningModel.of(kwargs.get("model"))
-        logs = kwargs.get("logs")
-        if tuner is None or len(tuner.active_adapters) != 1 or logs is None or "loss" not in logs:
-            return
-        expected = tuner.expected_nonzeros()
-        entry = {
-            "diffpruning/phase": tuner.phase(),
-            "diffpruning/expected_density": expected / tuner.num_base_parameters(),
-            "diffpruning/nnz": tuner.num_nonzeros(),
-            "diffpruning/l0_penalty": expected,
-        }
-        logs.update(entry)
-        if state.log_history:
-            state.log_history[-1].update(entry)
+def _finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return not gradients or bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all())

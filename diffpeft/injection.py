@@ -175,15 +175,23 @@ class Injection(BaseTuner):
         if state_dict is not None:
             loading.check_modules(self.all_layers(), adapter_name, state_dict)
 
-    def _check_base(self, adapter_name: str, config: DiffPruningConfig) -> None:
-        """Note by what the base is known again, or warn if it is not the one that the diff was made from."""
-        parameters = {
+    def _known_parameters(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """The base parameters under an adapter by which the base is known again, by name."""
+        return {
             layer.parameter_key(name): parameter
             for layer in self.all_layers()
             if layer.has_adapter(adapter_name) and not layer.merged
             for name, parameter in layer.own_parameters().items()
             if parameter.is_floating_point() and not parameter.is_meta
         }
+
+    def differing_base(self, adapter_name: str, base_fingerprint: fingerprint.Fingerprint) -> list[str]:
+        """Names of the base parameters under an adapter that are not those of the fingerprint."""
+        return fingerprint.differing(base_fingerprint, self._known_parameters(adapter_name))
+
+    def _check_base(self, adapter_name: str, config: DiffPruningConfig) -> None:
+        """Note by what the base is known again, or warn if it is not the one that the diff was made from."""
+        parameters = self._known_parameters(adapter_name)
         if config.base_fingerprint is None:
             config.base_fingerprint = fingerprint.take(parameters)
             return

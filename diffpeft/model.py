@@ -13,8 +13,8 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from diffpeft import gate_update, gates, pruning
-from diffpeft.adapter import VALUES, GateTensors, is_quantized, own_shapes
+from diffpeft import gate_update, gates, positions, pruning
+from diffpeft.adapter import POSITIONS, VALUES, GateTensors, is_quantized, own_shapes
 from diffpeft.combine import combine
 from diffpeft.config import DiffPruningConfig, check_density
 from diffpeft.layer import DiffPruningLayer
@@ -149,6 +149,19 @@ class DiffPruningModel(Serving):
         """Expected nonzeros as a share of all base parameters, adapted or not."""
         return self.expected_nonzeros(adapter_name) / self.num_base_parameters()
 
+    def adapter_bytes(self, adapter_name: str | None = None) -> int:
+        """Bytes that the diff takes in a file; in gating an estimate, for the expected nonzeros spread evenly."""
+        name = self._name(adapter_name)
+        layers = self._layers(name)
+        if self.phase(name) == FIXMASK:
+            width: int = getattr(torch, self.peft_config[name].value_dtype).itemsize
+            buffers = [buffer for layer in layers for _, buffer in getattr(layer, POSITIONS)[name].items()]
+            stored: int = sum(buffer.numel() for buffer in buffers) + width * self._count(name)
+            return stored
+        share = self.expected_nonzeros(name) / self._count(name)
+        sizes = [shape.numel() for layer in layers for shape in layer.shapes.values()]
+        return sum(positions.packed_size(round(share * n), n) + 4 * round(share * n) for n in sizes)
+
     def sparsification(self, adapter_name: str | None = None) -> float:
         """How far gating has come, from 0 at a dense diff to 1 at `target_density`, in the logarithm of the density."""
         name = self._name(adapter_name)
@@ -173,7 +186,7 @@ class DiffPruningModel(Serving):
             adapter_name: the adapter, by default the active one.
 
         Returns:
-            The lambda that was used: the config's, or the one that was solved for.
+            The lambda that was used: the config's, or the one that was solved for; NaN if the update was skipped.
         """
         name = self._name(adapter_name)
         if self.phase(name) != GATING:
@@ -182,7 +195,7 @@ class DiffPruningModel(Serving):
         if not config.gated:
             return 0.0
         groups = self._groups(name)
-        l0_lambda = 0.0 if config.l0_lambda == "auto" else float(config.l0_lambda)
+        l0_lambda = math.nan
         if bool(torch.isfinite(torch.stack([group.elements.grad.sum() for group in groups]).sum())):
             if config.l0_lambda == "auto":
                 total, expected = self.num_base_parameters(), self.expected_nonzeros(name)
@@ -194,7 +207,7 @@ class DiffPruningModel(Serving):
                 pace = gate_update.automatic_pace(step, gating_steps, config.gate_learning_rate)
                 l0_lambda = gate_update.automatic_step(groups, step, pace, config.stretch, expected, wanted)
             else:
-                pace = config.gate_learning_rate or gate_update.PAPER_PACE
+                pace, l0_lambda = config.gate_learning_rate or gate_update.PAPER_PACE, float(config.l0_lambda)
                 gate_update.fixed_lambda_step(groups, l0_lambda, step, pace, config.stretch, config.group_penalty)
         for layer in self._layers(name):
             for gate in (gate for pair in layer.gates(name).values() for gate in pair if gate is not None):
@@ -247,11 +260,11 @@ class DiffPruningModel(Serving):
         scores = [_score(layer, name, parameter) for layer, parameter in owners]
         kept, threshold = pruning.global_top_k(scores, k)
         per_parameter, replacement = {}, dict[nn.Parameter, nn.Parameter | None]()
-        positions = dict(zip(owners, kept, strict=True))
+        chosen = dict(zip(owners, kept, strict=True))
         for layer, parameters in old.items():
             diff, w = {}, dict(layer.diffpruning_w[name])
             for parameter in layer.shapes:
-                where = positions[layer, parameter]
+                where = chosen[layer, parameter]
                 diff[parameter] = where, torch.take(layer.dense_delta(name, parameter), where)
                 per_parameter[layer.parameter_key(parameter)] = where.numel(), w[parameter].numel()
             layer.set_diff(name, diff)

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import trainer
 
 from diffpeft.atomic import stage_weights
-from diffpeft.callback import DiffPruningLogCallback
 from diffpeft.config import DiffPruningConfig
+from diffpeft.logs import DiffPruningLogCallback, DiffPruningProgressCallback
 from diffpeft.model import DiffPruningModel
 from diffpeft.peft_type import DIFFPRUNING
 from diffpeft.seal import PART
@@ -39,3 +39,5 @@ def register() -> None:
     # like. Default callbacks come before reporters.
     if DiffPruningLogCallback not in trainer.DEFAULT_CALLBACKS:
         trainer.DEFAULT_CALLBACKS.append(DiffPruningLogCallback)
+    if trainer.DEFAULT_PROGRESS_CALLBACK is trainer.ProgressCallback:  # and not the one for notebooks
+        trainer.DEFAULT_PROGRESS_CALLBACK = DiffPruningProgressCallback

@@ -10,7 +10,7 @@ import torch
 from architectures import ARCHITECTURES
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
-from test_callback import Rows, arguments
+from trainers import Rows, arguments
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 

@@ -1,0 +1,179 @@
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from trainers import make_trainer
+from transformers import EarlyStoppingCallback, Trainer
+
+from diffpeft import DiffPruningCallback, last_checkpoint
+
+WEIGHTS, STATE = "adapter_model.safetensors", "trainer_state.json"
+
+
+def run_to_end(tiny_bert, path, save_steps=2, **kwargs):
+    trainer = make_trainer(tiny_bert, path, save_strategy="steps", save_steps=save_steps, **kwargs)
+    trainer.train()
+    return trainer
+
+
+def evaluated(metric):
+    return {"eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": metric}
+
+
+SETTINGS = {
+    "plain": {},
+    "fixed lambda": {"config": {"l0_lambda": 1e-4}},
+    "ungated": {"config": {"gated": False}},
+    "cosine": {"lr_scheduler_type": "cosine", "warmup_steps": 3, "gradient_accumulation_steps": 2},
+    "bf16": {"bf16": True, "lr_scheduler_type": "constant"},
+    "epochs": {"max_steps": -1, "num_train_epochs": 2},
+    "plateau": {"lr_scheduler_type": "reduce_lr_on_plateau", **evaluated("loss")},
+    "another optimizer": {"optim": "sgd", "learning_rate": 0.1},
+}
+
+
+def same(whole, resumed):
+    """Everything at the end of two runs."""
+    mine, theirs = whole.model.state_dict(), resumed.model.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    first, second = whole.optimizer.state_dict(), resumed.optimizer.state_dict()
+    assert [g["params"] for g in first["param_groups"]] == [g["params"] for g in second["param_groups"]]
+    assert first["state"].keys() == second["state"].keys()
+    for key, state in first["state"].items():
+        for name, value in state.items():
+            other = second["state"][key][name]
+            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+    assert whole.lr_scheduler.state_dict() == resumed.lr_scheduler.state_dict()
+    times = ("runtime", "per_second", "total_flos", "train_loss")
+    logs = [
+        [{k: v for k, v in e.items() if not any(t in k for t in times)} for e in trainer.state.log_history]
+        for trainer in (whole, resumed)
+    ]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_resume_ends_bit_for_bit_where_the_unbroken_run_does(tiny_bert, tmp_path, setting):
+    options = SETTINGS[setting]
+
+    def callback():
+        return DiffPruningCallback(fixmask_warmup_steps=3)
+
+    whole = run_to_end(tiny_bert, tmp_path, save_steps=1, callback=callback(), **options)
+    assert whole.model.base_model.phase() == "fixmask"
+    for step in (3, 8, 9, 12):  # in gating, at the transition, just after it, in fixmask
+        resumed = make_trainer(tiny_bert, tmp_path / "other", callback(), **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        same(whole, resumed)
+
+
+@pytest.fixture
+def killed(tiny_bert, tmp_path):
+    """A run's checkpoints, of steps 4, 8 and 12, and what makes its Trainer again, perhaps with other arguments."""
+    run_to_end(tiny_bert, tmp_path, save_steps=4)
+
+    def again(callback=None, seed=0, **kwargs):
+        return make_trainer(lambda: tiny_bert(seed=seed), tmp_path, callback, **kwargs)
+
+    return tmp_path, again
+
+
+@pytest.mark.parametrize("step", [4, 12])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"callback": DiffPruningCallback(gating_steps=10)}, "made with 8 gating steps, this run has 10"),
+        ({"config": {"target_density": 0.03}}, r"made with target_density=0\.02, this run has 0\.03"),
+        ({"config": {"l0_lambda": 1e-6}}, r"made with l0_lambda='auto', this run has 1e-06"),
+        ({"config": {"stretch": (-0.1, 1.1)}}, r"made with stretch=\[-1\.5, 1\.5\], this run has \[-0\.1, 1\.1\]"),
+        ({"seed": 5}, r"made on another base model: \d+ parameters differ, \["),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(killed, step, kwargs, message):
+    directory, again = killed
+    with pytest.raises(ValueError, match=message):
+        again(**kwargs).train(resume_from_checkpoint=str(directory / f"checkpoint-{step}"))
+
+
+@pytest.mark.parametrize("step", [4, 8, 12])
+@pytest.mark.parametrize("part", ["diffpruning", "classifier"])
+def test_a_damaged_checkpoint_is_refused(killed, step, part):
+    directory, again = killed
+    file = directory / f"checkpoint-{step}" / WEIGHTS
+    tensors = load_file(file)
+    for tensor in (tensor for key, tensor in tensors.items() if part in key and tensor.is_floating_point()):
+        tensor.view(-1)[0] += 1e-3
+        break
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"damaged"):
+        again().train(resume_from_checkpoint=str(directory / f"checkpoint-{step}"))
+
+
+def test_a_checkpoint_without_our_state_is_refused(killed):
+    directory, again = killed
+    state = json.loads((directory / "checkpoint-4" / STATE).read_text())
+    del state["stateful_callbacks"]["DiffPruningCallback"]
+    (directory / "checkpoint-4" / STATE).write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="of step 4 has no state of DiffPruningCallback"):
+        again().train(resume_from_checkpoint=str(directory / "checkpoint-4"))
+
+
+def test_the_last_checkpoint_is_the_last_that_is_whole(killed, caplog):
+    directory, again = killed
+    assert last_checkpoint(directory) == str(directory / "checkpoint-16")
+    shutil.rmtree(directory / "checkpoint-16")
+    (directory / "checkpoint-12" / STATE).unlink()
+    (directory / "checkpoint-8" / STATE).write_text((directory / "checkpoint-8" / STATE).read_text()[:100])
+    (directory / "checkpoint-latest").mkdir()
+    with caplog.at_level(logging.WARNING, logger="diffpeft"):
+        assert last_checkpoint(directory) == str(directory / "checkpoint-4")
+    assert [record.getMessage().split("/")[-1] for record in caplog.records] == [
+        f"checkpoint-{step} was not written to its end; it is passed over" for step in (12, 8)
+    ]
+    trainer = again()
+    trainer.train(resume_from_checkpoint=last_checkpoint(directory))
+    assert trainer.state.global_step == 16
+    shutil.rmtree(directory / "checkpoint-4")
+    assert last_checkpoint(directory / "nowhere") is None
+
+
+def test_early_stopping_waits_for_fixmask_and_the_best_is_within_the_budget(tiny_bert, tmp_path):
+    class Worse(EarlyStoppingCallback):
+        """Every evaluation is worse than the one before it."""
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = float(state.global_step)
+            super().on_evaluate(args, state, control, metrics=metrics, **kwargs)
+
+    options = {**evaluated("loss"), "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+    trainer = make_trainer(tiny_bert, tmp_path, extra=[Worse(2)], max_steps=20, save_total_limit=1, **options)
+    trainer.train()
+    assert trainer.state.global_step == 14, "two evaluations after the transition at 10"
+    assert trainer.state.best_global_step == 10
+    assert trainer.model.base_model.phase() == "fixmask"
+    assert trainer.model.base_model.num_nonzeros() == round(0.02 * trainer.model.base_model.num_base_parameters())
+
+
+def test_a_new_model_for_every_trial_gets_all_phases(tiny_bert, tmp_path):
+    """As `hyperparameter_search` does it: the Trainer and its callbacks stay, the model is new."""
+    first = make_trainer(tiny_bert, tmp_path)
+    models = []
+
+    def model_init(trial=None):
+        models.append(make_trainer(tiny_bert, tmp_path).model)
+        return models[-1]
+
+    trainer = Trainer(
+        None, first.args, train_dataset=first.train_dataset, callbacks=[DiffPruningCallback()], model_init=model_init
+    )
+    for steps in (16, 8, 16):
+        trainer.args.max_steps = steps
+        trainer.train()
+        assert trainer.state.global_step == steps
+        assert models[-1].base_model.phase() == "fixmask"
+    values = [[p for n, p in m.named_parameters() if "diffpruning_values" in n] for m in (models[-3], models[-1])]
+    assert all(torch.equal(a, b) for a, b in zip(*values, strict=True)), "nothing of a trial is left in the next"
