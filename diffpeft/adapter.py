@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from diffpeft import gates, seal
 from diffpeft.config import DiffPruningConfig
+from diffpeft.fixmask import FixmaskTensors
+from diffpeft.values import buffer_size
 
 GATING_PARAMETERS = ("diffpruning_w", "diffpruning_log_alpha", "diffpruning_group_log_alpha")
 GATING_BUFFERS = (
@@ -32,14 +34,6 @@ class GateTensors(NamedTuple):
     log_alpha: nn.Parameter
     exp_avg: Tensor
     exp_avg_sq: Tensor
-
-
-class _Unpacked(NamedTuple):
-    """Decoded positions and the packed tensor and version that they were decoded from."""
-
-    packed: Tensor
-    version: int
-    positions: Tensor
 
 
 def own_shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -69,10 +63,6 @@ def _no_subclass() -> None:
     return None
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def apply(tensor: Tensor) -> Tensor:
         result = fn(tensor)
@@ -81,7 +71,7 @@ def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return apply
 
 
-class AdapterTensors(nn.Module, BaseTunerLayer):
+class AdapterTensors(FixmaskTensors, BaseTunerLayer):
     """The adapters' part of [`DiffPruningLayer`].
 
     Every tensor of an adapter lives in an attribute of the class's prefix, by adapter, then by parameter name:
@@ -105,8 +95,6 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     diffpruning_exp_avg_sq: Any
     diffpruning_group_exp_avg: Any
     diffpruning_group_exp_avg_sq: Any
-    diffpruning_values: Any
-    diffpruning_positions: Any
 
     adapter_layer_names = (*GATING_PARAMETERS, VALUES)
     other_param_names = (*GATING_BUFFERS, POSITIONS)
@@ -123,7 +111,6 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ModuleDict())
         self.configs: dict[str, DiffPruningConfig] = {}
         self.merged_adapters: list[str] = []
-        self._unpacked: dict[tuple[str, str], _Unpacked] = {}
         self._disable_adapters = False
         self._trained: set[str] = set()  # while adapters are disabled: those that train otherwise
         self._active_adapter: str | list[str] = []
@@ -145,10 +132,6 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def module_key(self) -> str:
         """The layer's own name in the model that it is injected into, without what wraps it."""
         return self.key
-
-    def parameter_key(self, name: str) -> str:
-        """The name in the base model of the wrapped module's parameter `name`."""
-        return f"{self.key}.{name}" if self.key else name
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones (PEFT's hook); while adapters are off, they train once these are on again."""
@@ -240,11 +223,25 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 )
             unknown = torch.full((count,), torch.nan, dtype=torch.float32, device=self._device())
             values[name] = nn.Parameter(unknown if not random else torch.randn_like(unknown).mul_(0.02))
-            size = seal.size(count, numel)
+            size = self._buffer_size(adapter_name, name, count)
             packed[name] = torch.zeros(size, dtype=torch.uint8, device=self._device())
         getattr(self, VALUES)[adapter_name] = values
         getattr(self, POSITIONS)[adapter_name] = packed
         self._set_trainable(adapter_name)
+
+    def _buffer_size(self, adapter_name: str, name: str, count: int) -> int:
+        return buffer_size(count, self.shapes[name].numel(), self.configs[adapter_name].value_dtype)
+
+    def make_room(self, adapter_name: str, nnz: dict[str, int]) -> None:
+        """Have the adapter's tensors in the shapes of a file with `nnz` values a parameter and the config's dtype. Where they
+        are as many already, parameters that train stay the same objects."""
+        if self.nnz(adapter_name) != nnz:
+            self.start_fixmask(adapter_name, nnz)
+        packed: Any = getattr(self, POSITIONS)[adapter_name]
+        for name, count in nnz.items():
+            size = self._buffer_size(adapter_name, name, count)
+            if packed[name].numel() != size:
+                packed[name] = packed[name].new_zeros(size)
 
     def _set_trainable(self, adapter_name: str) -> None:
         """New tensors of the active adapter train, unless it was loaded for inference; those of others do not."""
@@ -265,7 +262,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 getattr(self, VALUES)[adapter_name][name] = nn.Parameter(values.clone(), requires_grad=trainable)
                 packed = seal.pack(where, numel)
                 getattr(self, POSITIONS)[adapter_name][name] = packed
-                self._unpacked[adapter_name, name] = _Unpacked(packed, _version(packed), where.clone())
+                self._remember(adapter_name, name, packed, where.clone())
 
     def _clear(self, adapter_name: str) -> None:
         for attribute in self._all_names():
@@ -333,63 +330,6 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def _tensor(self, attribute: str, adapter_name: str, name: str) -> Tensor:
         tensor: Tensor = getattr(self, attribute)[adapter_name][name]
         return tensor
-
-    def positions(self, adapter_name: str, name: str) -> Tensor:
-        """Sorted flat positions, int64, of the adapter's nonzeros in parameter `name`.
-
-        Decoded when first needed: some loaders fill the packed buffer in place and tell nobody.
-        """
-        packed = self.diffpruning_positions[adapter_name][name]
-        cached = self._unpacked.get((adapter_name, name))
-        # A compiler cannot trace versions; `forget_positions` sees to it that a compiled step has nothing stale.
-        version = 0 if torch.compiler.is_compiling() else _version(packed)
-        current = torch.compiler.is_compiling() or (cached is not None and cached.version == version)
-        if cached is None or cached.packed is not packed or not current:
-            decoded = self._decode(adapter_name, name, packed)
-            if not torch.compiler.is_compiling() and seal.is_sealed(packed):
-                packed = packed.clone()
-                packed[: seal.SEAL] = 0  # from here on values may train
-                self.diffpruning_positions[adapter_name][name] = packed
-                version = _version(packed)
-            cached = self._unpacked[adapter_name, name] = _Unpacked(packed, version, decoded)
-        return cached.positions
-
-    def _as_stored(self, adapter_name: str, values: Tensor) -> Tensor:
-        """Values in their dtype in files; in memory they are fp32."""
-        return values.detach().to(getattr(torch, self.configs[adapter_name].value_dtype))
-
-    def values_fit(self, adapter_name: str) -> bool:
-        """Whether the config's dtype holds the adapter's values as they are."""
-        values = () if self.is_gating(adapter_name) else self.diffpruning_values[adapter_name].values()
-        return all(
-            torch.equal(self._as_stored(adapter_name, v).to(v.dtype).nan_to_num(), v.nan_to_num()) for v in values
-        )
-
-    def stored(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
-        """Values and positions as they go into a file: in the config's dtype, and sealed with these values."""
-        self.positions(adapter_name, name)  # what came from a file is checked before it gets a new seal
-        values = self._as_stored(adapter_name, self.diffpruning_values[adapter_name][name])
-        return values, seal.seal(self.diffpruning_positions[adapter_name][name], values)
-
-    def _decode(self, adapter_name: str, name: str, packed: Tensor) -> Tensor:
-        values, numel = self.diffpruning_values[adapter_name][name], self.shapes[name].numel()
-        what = f"{self.parameter_key(name)}, adapter {adapter_name!r}"
-        if not torch.compiler.is_compiling():
-            if packed.numel() > seal.SEAL and not bool(packed.any()):
-                raise ValueError(f"{what}: its positions were never loaded; load the adapter anew")
-            if bool(values.isnan().any()):
-                raise ValueError(f"{what}: its values were never loaded or are damaged; load the adapter anew")
-        try:
-            if not torch.compiler.is_compiling():
-                seal.check(packed, self._as_stored(adapter_name, values))
-            return seal.unpack(packed, values.numel(), numel)
-        except ValueError as error:
-            raise ValueError(f"{what}: {error}") from None
-
-    def forget_positions(self, adapter_name: str) -> None:
-        """Decode the adapter's positions anew when they are next needed."""
-        for key in [key for key in self._unpacked if key[0] == adapter_name]:
-            del self._unpacked[key]
 
     def dense_delta(self, adapter_name: str, name: str) -> Tensor:
         """z w with deterministic gates, fp32, shape of the parameter; gating only, without gradient."""

@@ -15,17 +15,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from diffpeft import seal
 from diffpeft.checkpoint import open_checkpoint, skeleton_of
 from diffpeft.combine import combine as combine_diffs
 from diffpeft.compare import overlap
 from diffpeft.config import DiffPruningConfig
 from diffpeft.export import to_checkpoint, to_coo, to_super_tuning
 from diffpeft.extract import extract_diff
-from diffpeft.files import Diff, read_adapter, write_adapter
+from diffpeft.files import Diff, read_adapter, read_config, write_adapter
 from diffpeft.files import owners as owners_of
 from diffpeft.hub import ADAPTER_FILES, CONFIG_FILES, MODEL_FILES, fetch
 from diffpeft.plots import counts, draw
+from diffpeft.values import stored_size
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at diffs, and make others from them.")
 # A pipe has no width; names must not be cut there.
@@ -44,7 +44,7 @@ class Opened:
 
     def __init__(self, adapter: str, base: str | None) -> None:
         self.name, self.directory = adapter, fetch(adapter, ADAPTER_FILES)
-        named = DiffPruningConfig.from_pretrained(str(self.directory))
+        named = read_config(self.directory)
         if base is None and named.base_model_name_or_path is None:
             raise ValueError(f"{adapter} does not tell its base model; give it with --base")
         self.base = str(base or named.base_model_name_or_path)
@@ -114,12 +114,11 @@ def _cell(value: Any) -> str:
 def inspect(adapter: Adapter, base: Base = None, as_json: AsJSON = False) -> None:
     """Nonzeros, density, norm and bytes of every parameter, and in all."""
     opened = Opened(adapter, base)
-    width = getattr(torch, opened.config.value_dtype).itemsize
     rows = []
     for name, (where, values) in opened.diff.items():
         numel, k = opened.shapes[name].numel(), where.numel()
-        row = {"parameter": name, "nonzeros": k, "density": k / numel, "norm": float(values.norm())}
-        rows.append({**row, "bytes": seal.size(k, numel) + k * width})
+        row: dict[str, Any] = {"parameter": name, "nonzeros": k, "density": k / numel, "norm": float(values.norm())}
+        rows.append({**row, "bytes": stored_size(k, numel, opened.config.value_dtype)})
     parameters = sum(shape.numel() for shape in opened.shapes.values())
     nonzeros = sum(row["nonzeros"] for row in rows)
     norm = sum(row["norm"] ** 2 for row in rows) ** 0.5
@@ -184,7 +183,7 @@ def extract(
     output: Annotated[Path, typer.Argument(help="Where the adapter goes.")],
     density: Annotated[float, typer.Option(help="Nonzeros as a share of the parameters.")] = 0.005,
     task_type: Annotated[str | None, typer.Option(help="For the adapter's config, e.g. SEQ_CLS.")] = None,
-    value_dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    value_dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or int8.")] = "float32",
 ) -> None:
     """Turn a fully fine-tuned checkpoint into an adapter, tensor by tensor."""
     old, new = fetch(base, MODEL_FILES), fetch(finetuned, MODEL_FILES)

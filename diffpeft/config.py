@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from diffpeft import atomic, seal
 from diffpeft.card import update_card
 from diffpeft.peft_type import DIFFPRUNING
+from diffpeft.values import check_dtype
 
 GROUP_PENALTIES = ("product", "additive")
-VALUE_DTYPES = ("float32", "bfloat16", "float16")
 FORMAT_VERSION = 1
 """Of the adapter files that this version writes (docs/format.md), and the newest that it reads."""
 
@@ -111,6 +111,9 @@ class DiffPruningConfig(PeftConfig):
     heads_checksum: int | None = field(
         default=None, metadata={"help": "Of what is saved beside the diff. Not meant to be set by hand."}
     )
+    diff_checksum: int | None = field(
+        default=None, metadata={"help": "Of the diff that belongs to the config. Not meant to be set by hand."}
+    )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Of the file. Not meant to be set by hand."})
 
     def __post_init__(self) -> None:
@@ -136,8 +139,7 @@ class DiffPruningConfig(PeftConfig):
             raise ValueError(
                 f"gate_learning_rate={self.gate_learning_rate} cannot move the gates; use a positive number or None"
             )
-        if self.value_dtype not in VALUE_DTYPES:
-            raise ValueError(f"value_dtype={self.value_dtype!r} is not known; use one of {VALUE_DTYPES}")
+        check_dtype(self.value_dtype)
         if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:
             raise ValueError(
                 f"the adapter has format version {self.format_version!r}, this diffpeft reads 1 to {FORMAT_VERSION}; "
@@ -155,7 +157,9 @@ class DiffPruningConfig(PeftConfig):
         saved = copy.copy(self)
         weights = atomic.staged_weights(directory)
         # Without new weights nobody knows whether those that are there will stay: transformers writes them afterwards.
-        saved.heads_checksum = seal.checksum_of_heads(load_file(weights)) if weights else None
+        tensors = load_file(weights) if weights else {}
+        saved.heads_checksum = seal.checksum_of_heads(tensors)
+        saved.diff_checksum = seal.checksum_of_diff(tensors) if weights and self.nnz_pattern is not None else None
         with tempfile.TemporaryDirectory() as scratch:
             super(DiffPruningConfig, saved).save_pretrained(scratch, **kwargs)
             atomic.replace_config(directory, (Path(scratch) / CONFIG_NAME).read_text())

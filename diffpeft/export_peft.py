@@ -19,7 +19,7 @@ from diffpeft.adapter import AdapterTensors
 from diffpeft.atomic import replace_adapter
 from diffpeft.combine import Diff
 from diffpeft.export_coo import check_diff, check_int32, flat
-from diffpeft.loading import canonical
+from diffpeft.seal import canonical
 
 PREFIX = "base_model.model."
 

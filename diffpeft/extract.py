@@ -12,9 +12,10 @@ from torch import Tensor
 from diffpeft import fingerprint
 from diffpeft.alignment import align, excluded, inside, whole_modules
 from diffpeft.checkpoint import Checkpoint, Source, open_checkpoint
-from diffpeft.config import VALUE_DTYPES, DiffPruningConfig, check_density
+from diffpeft.config import DiffPruningConfig, check_density
 from diffpeft.files import owners, write_adapter
 from diffpeft.pruning import Scores, global_threshold
+from diffpeft.values import check_dtype, rounded
 
 CHUNK = 1 << 20
 """Entries that are compared at once, so that what is alive beside a tensor is small."""
@@ -70,7 +71,7 @@ def extract_diff(
         density: nonzeros as a share of the fine-tuned model's parameters, heads not counted.
         output: a directory to write the adapter into; None writes nothing.
         exclude: modules to leave as in the base, as `exclude_modules` of the config: names or suffixes, or a regex.
-        value_dtype: of the values; "bfloat16" and "float16" make smaller files and less exact models.
+        value_dtype: of the values; "bfloat16", "float16" and "int8" make smaller files and less exact models.
         task_type: for the adapter's config, e.g. "SEQ_CLS".
         base_name: of the base model in the adapter's config, by default what `base` is.
         progress: called with the share of the readings that are done, before each; there are four of every pair of tensors.
@@ -81,8 +82,7 @@ def extract_diff(
             leaves nothing.
     """
     check_density(density)
-    if value_dtype not in VALUE_DTYPES:
-        raise ValueError(f"value_dtype={value_dtype!r} is not known; use one of {VALUE_DTYPES}")
+    check_dtype(value_dtype)
     old, new = open_checkpoint(base), open_checkpoint(finetuned)
     names = align(old, new)
     modules = whole_modules(old, new, names)
@@ -240,10 +240,10 @@ def _largest(differences: _Differences, k: int) -> dict[str, tuple[Tensor, Tenso
 
 
 def _rounded(values: Tensor, dtype: str, name: str) -> Tensor:
-    rounded = values.to(getattr(torch, dtype)).float()
-    if not bool(torch.isfinite(rounded).all()):
+    result = rounded(values, dtype)
+    if not bool(torch.isfinite(result).all()):
         raise ValueError(f"{name}: differences are beyond {dtype}; use value_dtype='float32'")
-    return rounded
+    return result
 
 
 def _differing_buffers(old: Checkpoint, new: Checkpoint, modules: list[str]) -> Iterator[str]:

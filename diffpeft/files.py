@@ -20,9 +20,9 @@ from diffpeft.atomic import replace_adapter
 from diffpeft.checkpoint import parameter_shapes
 from diffpeft.config import DiffPruningConfig
 from diffpeft.layer import RootParameters
-from diffpeft.loading import canonical
 from diffpeft.peft_type import DIFFPRUNING
-from diffpeft.seal import PART
+from diffpeft.seal import PART, canonical
+from diffpeft.values import VALUE_DTYPES, dtype_name, from_file, rounded, to_file
 
 PREFIX = "base_model.model."
 Diff = dict[str, tuple[Tensor, Tensor]]
@@ -86,14 +86,14 @@ def write_adapter(
         OSError: the file system's.
     """
     wrapped = owners(shapes) if wrapped is None else wrapped
-    tensors = _packed(diff, shapes, wrapped, getattr(torch, config.value_dtype))
+    tensors = _packed(diff, shapes, wrapped, config.value_dtype)
     for name, head in (heads or {}).items():
         _check_finite(f"head {name}", head)
         tensors[_path(name, wrapped)] = head.detach().to("cpu", copy=True).contiguous()
     config = copy.copy(config)
     config.inference_mode = True
     config.nnz_pattern = {name: values.numel() for name, (_, values) in diff.items() if values.numel()}
-    config.heads_checksum = seal.checksum_of_heads(tensors)
+    config.heads_checksum, config.diff_checksum = seal.checksum_of_heads(tensors), seal.checksum_of_diff(tensors)
     replace_adapter(Path(directory), tensors, json.dumps(config.to_dict(), indent=2, sort_keys=True))
 
 
@@ -101,7 +101,7 @@ def _packed(
     diff: Mapping[str, tuple[Tensor, Tensor]],
     shapes: Mapping[str, torch.Size],
     wrapped: Collection[str],
-    dtype: torch.dtype,
+    dtype: str,
 ) -> dict[str, Tensor]:
     tensors = {}
     for name, (where, values) in diff.items():
@@ -113,10 +113,10 @@ def _packed(
             )
         if values.numel():
             key, partner = _keys(name, wrapped)
-            tensors[key] = values.detach().to("cpu", dtype, copy=True).contiguous()
-            _check_finite(f"{name} in {dtype}", tensors[key])
+            values = values.detach().to("cpu", copy=True).contiguous()
+            _check_finite(f"{name} in {dtype}", rounded(values, dtype))
             try:
-                tensors[partner] = seal.seal(seal.pack(where.cpu(), shapes[name].numel()), tensors[key])
+                tensors[key], tensors[partner] = to_file(where.cpu(), values, shapes[name].numel(), dtype, name)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
     if not tensors:
@@ -153,7 +153,7 @@ def read_adapter(
             numbers that the config's `nnz_pattern` contradicts.
     """
     directory = Path(directory)
-    config, file = _read_config(directory / CONFIG_NAME), directory / SAFETENSORS_WEIGHTS_NAME
+    config, file = read_config(directory), directory / SAFETENSORS_WEIGHTS_NAME
     try:
         tensors = {canonical(key): tensor for key, tensor in load_file(file).items()}
     except FileNotFoundError:
@@ -176,27 +176,31 @@ def read_adapter(
             raise ValueError(
                 f"{file}: {name} is no parameter of the base model; pass the shapes of the adapter's own model"
             )
-        _check_finite(f"{file}: {name}", values)
+        numel = shapes[name].numel()
         try:
-            diff[name] = seal.unpack(packed, values.numel(), shapes[name].numel()), values.float()
-            seal.check(packed, values)
+            diff[name] = seal.unpack(packed, values.numel(), numel), from_file(values, packed, numel, name)
         except ValueError as error:
             raise ValueError(f"{file}: {name}: {error}") from None
+    if config.diff_checksum is not None and seal.checksum_of_diff(tensors) != config.diff_checksum:
+        raise ValueError(f"{file}: the diff is not that of {CONFIG_NAME}: the file is damaged, or of another adapter")
     return config, diff, heads
 
 
-def _read_config(file: Path) -> DiffPruningConfig:
+def read_config(directory: Path) -> DiffPruningConfig:
+    """The config of a finished adapter. Raises ValueError where it is missing or damaged, or of an adapter that is not
+    finished, or of another method."""
+    file = directory / CONFIG_NAME
     try:
         kind = json.loads(file.read_text()).get("peft_type")
     except FileNotFoundError:
         raise ValueError(f"{file} is missing, so this is no adapter, or one that was not written to the end") from None
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}); save or download it anew") from None
     if kind != DIFFPRUNING.value:
         raise ValueError(
             f"{file}: peft_type is {kind!r}, not {DIFFPRUNING.value!r}; load it with PeftModel.from_pretrained"
         )
-    config: DiffPruningConfig = DiffPruningConfig.from_pretrained(str(file.parent))
+    config: DiffPruningConfig = DiffPruningConfig.from_pretrained(str(directory))
     if config.nnz_pattern is None:
         raise ValueError(f"{file}: the adapter is still in gating; load it with PEFT and call magnitude_prune() first")
     return config
@@ -212,10 +216,10 @@ def _pairs(file: Path, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Te
             raise ValueError(
                 f"{file}: {key} is of an adapter in gating; load it with PEFT and call magnitude_prune() first"
             )
-        wanted = torch.uint8 if kind == POSITIONS else torch.float32
-        if tensor.dim() != 1 or (tensor.dtype != wanted and not (kind == VALUES and tensor.is_floating_point())):
+        wanted = ("uint8",) if kind == POSITIONS else VALUE_DTYPES
+        if tensor.dim() != 1 or dtype_name(tensor.dtype) not in wanted:
             raise ValueError(
-                f"{file}: {key} is {tensor.dtype} of {tuple(tensor.shape)}, not {wanted} of (k,); it is damaged"
+                f"{file}: {key} is {tensor.dtype} of {tuple(tensor.shape)}, not {' or '.join(wanted)} of (k,); it is damaged"
             )
         name = parameter if module == RootParameters.NAME else f"{module}.{parameter}"
         parts.setdefault(name, {})[kind] = tensor

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from diffpeft import seal
 from diffpeft.config import DiffPruningConfig
+from diffpeft.seal import PART
 
 
 def fresh_head(model: nn.Module) -> list[str]:
@@ -28,14 +29,14 @@ def fresh_head(model: nn.Module) -> list[str]:
     return [name for name, child in children.items() if name != prefix and any(True for _ in child.parameters())]
 
 
-class HeadCheck:
-    """Compares an adapter's heads with the checksum of its file in the next forward pass of the model, once.
+class FileCheck:
+    """Compares an adapter with the checksums of its config in the next forward pass of the model, once.
 
     PEFT's loading compares the file itself, which settles it. transformers' `load_adapter` shows nobody the file, and casts
     heads to the dtype of the model: of heads that it has rounded nothing can be said.
 
     Args:
-        config: of the adapter. Its `heads_checksum` is None once the heads were compared.
+        config: of the adapter. Its `heads_checksum` and `diff_checksum` are None once they were compared.
         adapter_name: the adapter.
     """
 
@@ -48,19 +49,39 @@ class HeadCheck:
         model.register_forward_pre_hook(self)
 
     def __call__(self, model: nn.Module, args: Any) -> None:
-        """Raise ValueError if the heads are not those of the file."""
+        """Raise ValueError if the adapter is not that of the file."""
         if torch.compiler.is_compiling():
             return
         for key in [key for key, hook in model._forward_pre_hooks.items() if hook is self]:
             model._forward_pre_hooks.pop(key)
-        expected, self.config.heads_checksum = self.config.heads_checksum, None
+        heads_checksum, diff_checksum = self.config.heads_checksum, self.config.diff_checksum
+        self.config.heads_checksum = self.config.diff_checksum = None
+        if heads_checksum is not None:
+            self._check_heads(model, heads_checksum)
+        packed = {n: b for n, b in model.named_buffers() if f"{PART}positions.{self.adapter_name}." in n}
+        # What was used before, or brought to a device only while it runs, is left to the check of each parameter.
+        as_loaded = not any(buffer.is_meta or not seal.is_sealed(buffer) for buffer in packed.values())
+        if diff_checksum is not None and as_loaded and seal.checksum_of_diff(packed) != diff_checksum:
+            raise ValueError(
+                f"the diff of adapter {self.adapter_name!r} is not that of its config: it is damaged, or the two are of "
+                "different adapters; load it with PeftModel.from_pretrained, which says where"
+            )
+
+    def _check_heads(self, model: nn.Module, expected: int) -> None:
         heads = {
             f"{name}.{key}": tensor
             for name, wrapper in model.named_modules()
             if isinstance(wrapper, ModulesToSaveWrapper) and self.adapter_name in wrapper.modules_to_save
             for key, tensor in wrapper.modules_to_save[self.adapter_name].state_dict().items()
         }
-        if expected is None or {t.dtype for t in heads.values() if t.is_floating_point()} != {torch.float32}:
+        if any(tensor.is_meta for tensor in heads.values()):  # offloaded since they were loaded
+            return
+        broken = sorted(name for name, head in heads.items() if not bool(head.isfinite().all()))
+        if broken:
+            raise ValueError(
+                f"{broken} of adapter {self.adapter_name!r} are NaN or infinite: its training has diverged"
+            )
+        if {t.dtype for t in heads.values() if t.is_floating_point()} != {torch.float32}:
             return
         as_stored = [
             {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in heads.items()}

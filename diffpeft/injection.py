@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from diffpeft import fingerprint, loading
 from diffpeft.adapter import POSITIONS, VALUES, own_shapes
 from diffpeft.config import DiffPruningConfig
-from diffpeft.head import HeadCheck, fresh_head
+from diffpeft.head import FileCheck, fresh_head
 from diffpeft.layer import DiffPruningLayer, RootParameters
 from diffpeft.noise import NoisePass
 from diffpeft.output import OutputLayer
@@ -170,8 +170,8 @@ class Injection(BaseTuner):
         self._check_coverage(adapter_name, config)
         self._check_base(adapter_name, config)
         self._note_sharing()
-        if config.heads_checksum is not None:
-            HeadCheck(config, adapter_name).watch(model)
+        if config.heads_checksum is not None or config.diff_checksum is not None:
+            FileCheck(config, adapter_name).watch(model)
         if state_dict is not None:
             loading.check_modules(self.all_layers(), adapter_name, state_dict)
 
@@ -199,7 +199,7 @@ class Injection(BaseTuner):
         if other:
             warnings.warn(
                 f"adapter {adapter_name!r} was made from other base weights: {len(other)} of {len(parameters)} parameters "
-                f"differ, {other[:3]}; its diff means little here. Load {config.base_model_name_or_path!r} as it was",
+                f"differ, {other[:3]}; its diff means little here. Load {config.base_model_name_or_path or 'its base'} as it was",
                 stacklevel=2,
             )
 
@@ -365,7 +365,9 @@ class Injection(BaseTuner):
         layers = {
             n: m for n, m in model.named_modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)
         }
-        if not all(layer.values_fit(adapter_name) for layer in layers.values()):
+        # A list: each opens what it has from a file.
+        fit = [layer.values_fit(adapter_name) for layer in layers.values()]
+        if not all(fit):
             config.value_dtype = "float32"  # they have trained since they were cast
             for layer in layers.values():
                 layer.configs[adapter_name] = config
@@ -390,7 +392,7 @@ class Injection(BaseTuner):
     ) -> dict[str, Tensor]:
         """Bring the adapter into the file's phase and shapes, which loading into an adapter that exists does not."""
         layers = [m for m in model.modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)]
-        loading.adopt(layers, config, adapter_name, state_dict)
+        state_dict = loading.adopt(layers, config, adapter_name, state_dict)
         named = {cls._remove_adapter_name_from_key(key, adapter_name) for key in model.state_dict()}
         state_dict = loading.rename(state_dict, named)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(

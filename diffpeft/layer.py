@@ -75,10 +75,9 @@ class DiffPruningLayer(AdapterTensors):
     def _with_adapter(self, parameter: Tensor, adapter_name: str, name: str) -> Tensor:
         """`parameter` plus the adapter's diff; gates are sampled in training mode only."""
         if adapter_name in self.diffpruning_values:
-            values = self.diffpruning_values[adapter_name]
-            if name not in values:
+            if name not in self.diffpruning_values[adapter_name]:
                 return parameter
-            return sparse_parameter(parameter, values[name], self.positions(adapter_name, name))
+            return sparse_parameter(parameter, self.kept_values(adapter_name, name), self.positions(adapter_name, name))
         if adapter_name not in self.diffpruning_w:
             return parameter
         w = self._tensor("diffpruning_w", adapter_name, name)
@@ -194,7 +193,7 @@ class DiffPruningLayer(AdapterTensors):
     def _add_to_quantized(self, output: Tensor, x: Tensor) -> Tensor:
         """x delta^T on top of what the quantised weight gives: the sum of the two weights cannot be stored."""
         for adapter_name in self._selected("weight", self.configs):
-            values = self.diffpruning_values[adapter_name]["weight"]
+            values = self.kept_values(adapter_name, "weight")
             zeros = torch.zeros(self.shapes["weight"], dtype=x.dtype, device=x.device)
             delta = sparse_parameter(zeros, values, self.positions(adapter_name, "weight"))
             output = output + functional.linear(x, delta).to(output.dtype)
@@ -276,7 +275,7 @@ class DiffPruningLayer(AdapterTensors):
                 yield _Merge(adapter_name, name, None, old)
             else:
                 where = self.positions(adapter_name, name)
-                old = add_(data, getattr(self, VALUES)[adapter_name][name].data, where)
+                old = add_(data, self.kept_values(adapter_name, name).data, where)
                 yield _Merge(adapter_name, name, where, old)
 
     def _is_finite(self, merge: _Merge) -> bool:

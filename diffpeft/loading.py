@@ -2,18 +2,20 @@
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from diffpeft import seal
 from diffpeft.adapter import POSITIONS, VALUES
 from diffpeft.config import DiffPruningConfig
 from diffpeft.layer import DiffPruningLayer
-from diffpeft.seal import PART
+from diffpeft.seal import PART, canonical
+from diffpeft.values import dtype_name, from_file
 
 
 def adopt(
     layers: Sequence[DiffPruningLayer], config: DiffPruningConfig, adapter_name: str, state_dict: dict[str, Tensor]
-) -> None:
+) -> dict[str, Tensor]:
     """Give the layers of an adapter, and its config, the phase and the shapes of a file.
 
     Args:
@@ -21,6 +23,9 @@ def adopt(
         config: the adapter's; its `nnz_pattern` becomes the file's.
         adapter_name: the adapter.
         state_dict: the file's tensors, without the adapter's name in their keys.
+
+    Returns:
+        The file's tensors as they are in memory: values fp32, those of int8 times their scale.
 
     Raises:
         ValueError: there is no diff in the file, or half of one; the adapter is merged.
@@ -34,54 +39,81 @@ def adopt(
         expected, config.heads_checksum = config.heads_checksum, None  # the file's, not of what is trained from here on
         if seal.checksum_of_heads(state_dict) != expected:
             raise ValueError(f"the checksum of the heads of adapter {adapter_name!r} is wrong: the file is damaged")
+    if config.diff_checksum is not None:
+        expected, config.diff_checksum = config.diff_checksum, None
+        if seal.checksum_of_diff(mine) != expected:
+            _check_each(layers, mine)
+            raise ValueError(
+                f"the diff of adapter {adapter_name!r} is not that of its config: the file is damaged, or of another adapter"
+            )
+    for key, head in state_dict.items():
+        if PART not in key and not bool(head.isfinite().all()):
+            raise ValueError(f"{key} of adapter {adapter_name!r} is NaN or infinite: its training has diverged")
     if any(f".{VALUES}." in key for key in mine):
         # All checks come first: a file that is refused leaves the adapter as it was.
-        counts: dict[DiffPruningLayer, dict[str, int]] = {}
-        pattern, dtype = {}, config.value_dtype
-        for layer in layers:
-            counts[layer] = {}
-            for parameter in layer.shapes:
-                value = mine.get(f"{layer.module_key}.{VALUES}.{parameter}")
-                packed = mine.get(f"{layer.module_key}.{POSITIONS}.{parameter}")
-                if (value is None) != (packed is None):
-                    raise ValueError(f"{layer.parameter_key(parameter)} has values or positions, but not both")
-                if value is not None and packed is not None:
-                    _check_seal(packed, value, layer.parameter_key(parameter))
-                    dtype = str(value.dtype).removeprefix("torch.")
-                    counts[layer][parameter] = pattern[layer.parameter_key(parameter)] = value.numel()
-        before = config.nnz_pattern
-        missing = sorted((before or {}).keys() - pattern.keys())
-        if missing and before is not None and pattern.items() < before.items():
+        found = {layer: _open(layer, mine) for layer in layers}
+        pattern = {layer.parameter_key(name): count for layer in layers for name, (count, _) in found[layer].items()}
+        dtypes = {dtype for layer in layers for _, dtype in found[layer].values()} or {config.value_dtype}
+        if len(dtypes) > 1:
             raise ValueError(
-                f"the diffs of {len(missing)} parameters that the config tells of are missing, {missing[:3]}; the file is "
-                "damaged"
+                f"the diff of adapter {adapter_name!r} has values of {sorted(dtypes)}; the file is damaged"
             )
-        config.nnz_pattern, config.value_dtype = pattern, dtype
+        _check_counts(layers, config, adapter_name, pattern)
+        config.nnz_pattern, (config.value_dtype,) = pattern, dtypes
         for layer in layers:
             layer.configs[adapter_name] = config
             layer.forget_positions(adapter_name)
-            if layer.nnz(adapter_name) != counts[layer]:
-                layer.start_fixmask(adapter_name, counts[layer])
+            layer.make_room(adapter_name, {name: count for name, (count, _) in found[layer].items()})
     else:
         config.nnz_pattern = None
         for layer in layers:
             if not layer.is_gating(adapter_name):
                 layer.start_gating(adapter_name)
+    return {key: mine[canonical(key)] if PART in key else tensor for key, tensor in state_dict.items()}
 
 
-def _check_seal(packed: Tensor, values: Tensor, what: str) -> None:
-    try:
-        seal.check(packed, values)
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
-    if not bool(values.isfinite().all()):
-        raise ValueError(f"{what}: its values are NaN or infinite: the file is damaged, or its training has diverged")
+def _check_each(layers: Sequence[DiffPruningLayer], tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError for the first parameter that is damaged, if one is."""
+    for layer in layers:
+        _open(layer, dict(tensors))
 
 
-def canonical(key: str) -> str:
-    """A tensor's key by the names of the base model: without PEFT's prefix, and without `.base_layer`, which stands in
-    it where a module inside of it is wrapped too."""
-    return key.replace(".base_layer", "").removeprefix("base_model.model.")
+def _check_counts(
+    layers: Sequence[DiffPruningLayer], config: DiffPruningConfig, adapter_name: str, pattern: dict[str, int]
+) -> None:
+    """Raise ValueError where a file's counts are not those of its config. An adapter that was in use before has a config of
+    its own, which takes on the file's."""
+    before = config.nnz_pattern
+    if before is None or any(layer.was_loaded(adapter_name) for layer in layers):
+        return
+    wrong = sorted(name for name in before.keys() | pattern.keys() if before.get(name, 0) != pattern.get(name, 0))
+    if wrong:
+        told, found = before.get(wrong[0], 0), pattern.get(wrong[0], 0)
+        raise ValueError(
+            f"the counts of {len(wrong)} parameters are not those of the config: {wrong[0]} has {found} values, the config "
+            f"says {told}; nothing may be missing, so one of the two files is damaged or of another adapter"
+        )
+
+
+def _open(layer: DiffPruningLayer, tensors: dict[str, Tensor]) -> dict[str, tuple[int, str]]:
+    """Check a layer's values in a file's tensors and put those in memory in their place. Returns how many values each
+    parameter has, and in which dtype they were."""
+    found = {}
+    for parameter, shape in layer.shapes.items():
+        what = layer.parameter_key(parameter)
+        values, positions = (f"{layer.module_key}.{kind}.{parameter}" for kind in (VALUES, POSITIONS))
+        if (values in tensors) != (positions in tensors):
+            raise ValueError(f"{what} has values or positions, but not both")
+        if values in tensors:
+            stored, packed = tensors[values], tensors[positions]
+            found[parameter] = stored.numel(), dtype_name(stored.dtype)
+            try:
+                tensors[values] = from_file(stored, packed, shape.numel(), what)
+            except ValueError as error:
+                raise ValueError(f"{what}: {error}") from None
+            if stored.dtype == torch.int8:  # with a seal they would be taken for values without their scale
+                tensors[positions] = seal.unseal(packed)
+    return found
 
 
 def rename(state_dict: dict[str, Tensor], keys: set[str]) -> dict[str, Tensor]:

@@ -14,12 +14,13 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from diffpeft import gate_update, gates, positions, pruning
-from diffpeft.adapter import POSITIONS, VALUES, GateTensors, is_quantized, own_shapes
+from diffpeft.adapter import VALUES, GateTensors, is_quantized, own_shapes
 from diffpeft.combine import combine
 from diffpeft.config import DiffPruningConfig, check_density
 from diffpeft.layer import DiffPruningLayer
 from diffpeft.optimizer import check_replaceable, replace_parameters
 from diffpeft.serving import Serving
+from diffpeft.values import rounded, stored_size
 
 GATING, FIXMASK = "gating", "fixmask"
 
@@ -154,10 +155,9 @@ class DiffPruningModel(Serving):
         name = self._name(adapter_name)
         layers = self._layers(name)
         if self.phase(name) == FIXMASK:
-            width: int = getattr(torch, self.peft_config[name].value_dtype).itemsize
-            buffers = [buffer for layer in layers for _, buffer in getattr(layer, POSITIONS)[name].items()]
-            stored: int = sum(buffer.numel() for buffer in buffers) + width * self._count(name)
-            return stored
+            dtype = self.peft_config[name].value_dtype
+            parts = [(k, layer.shapes[p].numel()) for layer in layers for p, k in (layer.nnz(name) or {}).items()]
+            return sum(stored_size(count, numel, dtype) for count, numel in parts)
         share = self.expected_nonzeros(name) / self._count(name)
         sizes = [shape.numel() for layer in layers for shape in layer.shapes.values()]
         return sum(positions.packed_size(round(share * n), n) + 4 * round(share * n) for n in sizes)
@@ -283,7 +283,8 @@ class DiffPruningModel(Serving):
 
     @torch.no_grad()
     def cast_values(self, dtype: str, adapter_name: str | None = None) -> None:
-        """Round a finished diff's values, for a file of fewer bytes: "bfloat16" or "float16", half of "float32".
+        """Round a finished diff's values, for a file of fewer bytes: "bfloat16" or "float16" take half of "float32", "int8"
+        a quarter.
 
         In memory they stay fp32. Once they train on they are saved in fp32 again.
 
@@ -295,14 +296,16 @@ class DiffPruningModel(Serving):
         config = copy.copy(self.peft_config[name])
         config.value_dtype = dtype
         config.__post_init__()
+        result = {}
         for layer in self._layers(name):
-            for parameter, values in getattr(layer, VALUES)[name].items():
-                rounded = values.detach().to(getattr(torch, dtype))
-                if not bool(rounded.isfinite().all()):
+            for parameter in getattr(layer, VALUES)[name]:
+                values = layer.kept_values(name, parameter)
+                result[values] = rounded(values, dtype)
+                if not bool(result[values].isfinite().all()):
                     raise ValueError(f"{layer.parameter_key(parameter)} has values beyond {dtype}; use 'bfloat16'")
+        for values, new in result.items():
+            values.data = new
         for layer in self._layers(name):
-            for values in getattr(layer, VALUES)[name].values():
-                values.data = values.data.to(getattr(torch, dtype)).float()
             layer.configs[name] = config
         self.peft_config[name] = config
 
@@ -321,10 +324,8 @@ class DiffPruningModel(Serving):
                     where = torch.nonzero(delta).squeeze(1)
                     pair = where, delta[where]
                 elif parameter in getattr(layer, VALUES)[name]:
-                    pair = (
-                        layer.positions(name, parameter),
-                        getattr(layer, VALUES)[name][parameter].detach().float().clone(),
-                    )
+                    values = layer.kept_values(name, parameter).detach()
+                    pair = layer.positions(name, parameter), values.float().clone()
                 else:
                     continue
                 if pair[0].numel():

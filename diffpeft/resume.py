@@ -15,9 +15,8 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from diffpeft.adapter import POSITIONS
+from diffpeft.adapter import GATING_BUFFERS, GATING_PARAMETERS
 from diffpeft.model import DiffPruningModel
-from diffpeft.seal import SEAL
 
 logger = logging.getLogger(__name__)
 
@@ -61,16 +60,18 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 def checksum(tuner: DiffPruningModel, adapter_name: str) -> int:
     """Of all tensors of an adapter, whichever phase it is in, and of its heads: equal after saving and loading.
 
-    It is the sum of the tensors' bytes, taken as integers, which costs one pass over them where they are.
+    It is the sum of the tensors' bytes, taken as integers, which costs one pass over them where they are; of positions, that
+    of the decoded ones: their buffer follows the dtype of the file.
     """
     total = 0
     for layer in tuner.all_layers():
-        for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+        for attribute in (*GATING_PARAMETERS, *GATING_BUFFERS):
             tensors = getattr(layer, attribute)
             if adapter_name in tensors:
-                # A seal is there from loading to the first use.
-                skip = SEAL if attribute == POSITIONS else 0
-                total += sum(_sum(tensor.reshape(-1)[skip:]) for _, tensor in tensors[adapter_name].items())
+                total += sum(_sum(tensor) for _, tensor in tensors[adapter_name].items())
+        if layer.has_adapter(adapter_name):
+            for name in layer.nnz(adapter_name) or ():
+                total += _sum(layer.positions(adapter_name, name)) + _sum(layer.kept_values(adapter_name, name))
     for module in tuner.model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             total += sum(_sum(tensor) for tensor in module.modules_to_save[adapter_name].state_dict().values())

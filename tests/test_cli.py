@@ -41,18 +41,23 @@ def load(directory, name):
     )
 
 
-def test_inspect_tells_what_is_in_an_adapter(adapters):
-    result = run("inspect", adapters / "one", "--json")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_inspect_tells_what_is_in_an_adapter(adapters, dtype):
+    model = load(adapters, "one")
+    model.base_model.cast_values(dtype)
+    model.save_pretrained(adapters / dtype)
+    result = run("inspect", adapters / dtype, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    diff = load(adapters, "one").base_model.get_diff()
+    diff = model.base_model.get_diff()
     assert {row["parameter"]: row["nonzeros"] for row in found["rows"]} == {k: v.numel() for k, (_, v) in diff.items()}
     assert found["total"]["nonzeros"] == sum(v.numel() for _, v in diff.values())
     assert found["total"]["norm"] == pytest.approx(float(torch.cat([v for _, v in diff.values()]).norm()))
-    tensors = load_file(adapters / "one" / "adapter_model.safetensors")
+    tensors = load_file(adapters / dtype / "adapter_model.safetensors")
     payload = sum(t.numel() * t.element_size() for n, t in tensors.items() if "diffpruning" in n)
     assert sum(row["bytes"] for row in found["rows"]) == payload
-    assert "query.weight" in run("inspect", adapters / "one").output
+    assert "query.weight" in run("inspect", adapters / dtype).output
+    assert run("verify", adapters / dtype).exit_code == 0
 
 
 def test_verify_finds_damage_and_says_where(adapters, tmp_path):
@@ -109,7 +114,14 @@ def test_extract_from_a_fine_tuned_checkpoint(adapters, batch):
     merged.save_pretrained(adapters / "tuned")
     result = run("extract", adapters / "base", adapters / "tuned", adapters / "again", "--density", 0.5)
     assert result.exit_code == 0, result.output
-    assert torch.allclose(load(adapters, "again").eval()(**batch()).logits, merged.eval()(**batch()).logits, atol=1e-5)
+    logits = merged.eval()(**batch()).logits
+    assert torch.allclose(load(adapters, "again").eval()(**batch()).logits, logits, atol=1e-5)
+    command = ["extract", adapters / "base", adapters / "tuned", adapters / "small", "--density", 0.5]
+    assert run(*command, "--value-dtype", "int8").exit_code == 0
+    stored = load_file(adapters / "small" / "adapter_model.safetensors")
+    assert {tensor.dtype for name, tensor in stored.items() if "_values." in name} == {torch.int8}
+    assert torch.allclose(load(adapters, "small").eval()(**batch()).logits, logits, atol=1e-2)
+    assert "value_dtype='int4' is not known" in str(run(*command, "--value-dtype", "int4").exception)
 
 
 def test_merge_writes_a_checkpoint(adapters, batch):

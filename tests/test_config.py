@@ -15,7 +15,7 @@ from transformers import trainer
 
 import diffpeft
 from diffpeft import DiffPruningConfig, DiffPruningModel
-from diffpeft.callback import DiffPruningLogCallback
+from diffpeft.logs import DiffPruningLogCallback
 
 NAN, INF = float("nan"), float("inf")
 
@@ -45,6 +45,7 @@ NAN, INF = float("nan"), float("inf")
         ("gate_learning_rate", -0.1, r"gate_learning_rate=-0.1", r"use a positive number or None"),
         ("gate_learning_rate", INF, r"gate_learning_rate=inf", r"use a positive number or None"),
         ("gate_learning_rate", NAN, r"gate_learning_rate=nan", r"use a positive number or None"),
+        ("value_dtype", "int4", r"value_dtype='int4' is not known", r"use one of .*'int8'"),
         ("layers_pattern", "layer", r"layers_pattern='layer' does nothing without", r"set both or neither"),
     ],
 )
@@ -101,6 +102,7 @@ def test_target_modules_given_as_a_set_or_tuple_become_a_sorted_list():
             "init_log_alpha": 4.0,
             "init_weights": False,
             "nnz_pattern": {"encoder.weight": 7, "norm.bias": 1},
+            "value_dtype": "int8",
         },
     ],
     ids=["defaults", "everything set"],

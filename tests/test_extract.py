@@ -155,8 +155,8 @@ def test_entries_that_do_not_differ_are_not_kept(tiny_bert):
     assert (found.kept, found.diff.keys()) == (32, {"bert.pooler.dense.bias"})
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_values_of_two_bytes(tiny_bert, tmp_path, dtype):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_values_of_fewer_bytes(tiny_bert, tmp_path, dtype):
     found = extract_diff(tiny_bert(), tuned(tiny_bert()), 0.01, tmp_path, value_dtype=dtype)
     stored = [t for k, t in load_file(tmp_path / "adapter_model.safetensors").items() if "_values." in k]
     assert all(tensor.dtype == getattr(torch, dtype) for tensor in stored)
@@ -201,8 +201,12 @@ def test_models_that_cannot_be_compared(tiny_bert, tmp_path):
             extract_diff(base, tuned(tiny_bert()), density)
     with pytest.raises(ValueError, match="exclude='nobody' matches no module"):
         extract_diff(base, tuned(tiny_bert()), exclude=["nobody"])
-    with pytest.raises(ValueError, match="value_dtype='int8' is not known"):
-        extract_diff(base, tuned(tiny_bert()), value_dtype="int8")
+    with pytest.raises(ValueError, match="value_dtype='int7' is not known"):
+        extract_diff(base, tuned(tiny_bert()), value_dtype="int7")
+    broken = tuned(tiny_bert())
+    broken.bert.pooler.dense.bias.data[3] = 1e6
+    with pytest.raises(ValueError, match=r"bert\.pooler\.dense\.bias: differences are beyond float16"):
+        extract_diff(base, broken, value_dtype="float16")
 
 
 def test_directories_that_cannot_be_read(tiny_bert, tmp_path):

@@ -6,7 +6,7 @@ from architectures import ARCHITECTURES, pruned
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from diffpeft import DiffPruningConfig
+from diffpeft import DiffPruningConfig, seal
 from diffpeft.files import read_adapter, write_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -20,10 +20,11 @@ def heads_of(base, modules):
     return {n: t for n, t in base.state_dict().items() if n.split(".")[0] in (modules or [])}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_key_is_the_one_that_peft_writes(name, tmp_path):
+@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in ARCHITECTURES), ("clip", "int8")])
+def test_every_key_is_the_one_that_peft_writes(name, dtype, tmp_path):
     make = ARCHITECTURES[name].make
     model = pruned(make(), target_density=1.0)
+    model.base_model.cast_values(dtype)
     model.save_pretrained(tmp_path / "peft")
     config = model.peft_config["default"]
     heads = heads_of(make(), config.modules_to_save)
@@ -40,15 +41,18 @@ def test_every_key_is_the_one_that_peft_writes(name, tmp_path):
     assert read_heads.keys() == heads.keys()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("name", ["bert", "vit", "clip", "siglip", "mamba"])
-def test_what_is_written_is_read_equal_and_loads(name, tmp_path):
+def test_what_is_written_is_read_equal_and_loads(name, dtype, tmp_path):
     make = ARCHITECTURES[name].make
     model = pruned(make())
+    exact = model.base_model.get_diff()
+    model.base_model.cast_values(dtype)
     expected = model.base_model.get_diff()
     config = model.peft_config["default"]
     heads = {n: torch.randn_like(t) for n, t in heads_of(make(), config.modules_to_save).items()}
     shapes = {n: shape for n, shape in shapes_of(make()).items() if n not in heads}
-    write_adapter(tmp_path, config, expected, shapes, heads)
+    write_adapter(tmp_path, config, exact, shapes, heads)
     assert not config.inference_mode
     read, diff, read_heads = read_adapter(tmp_path, shapes)
     assert read.nnz_pattern == config.nnz_pattern
@@ -59,6 +63,9 @@ def test_what_is_written_is_read_equal_and_loads(name, tmp_path):
         assert all(torch.equal(a, b) for key in other for a, b in zip(other[key], expected[key], strict=True))
     merged = loaded.merge_and_unload().state_dict()
     assert all(torch.equal(head, read_heads[key]) and torch.equal(head, merged[key]) for key, head in heads.items())
+    once = (tmp_path / WEIGHTS).read_bytes()
+    write_adapter(tmp_path, read, diff, shapes, heads)
+    assert (tmp_path / WEIGHTS).read_bytes() == once
 
 
 def test_without_shapes_they_come_from_the_base_that_the_config_names(tiny_bert, tmp_path):
@@ -100,6 +107,12 @@ def positions_of(key):
     return key.replace("_values.", "_positions.")
 
 
+def sealed(tensors, key):
+    """The positions that belong to these values, with a seal that does."""
+    name = key.removeprefix("base_model.model.").replace("diffpruning_values.", "")
+    return seal.seal(tensors[positions_of(key)], tensors[key], name)
+
+
 def put(key, change):
     return lambda tensors, name: tensors.update({key(name): change(tensors[key(name)])})
 
@@ -113,12 +126,24 @@ DAMAGE = {
     ),
     "packed size": (damage_tensors(put(positions_of, lambda t: t[:-1].clone())), r"layer\.0.*bytes cannot hold"),
     "no positions": (damage_tensors(put(positions_of, lambda t: t.fill_(255))), r"layer\.0.*positions"),
-    "NaN": (damage_tensors(put(str, lambda t: t.fill_(torch.nan))), r"layer\.0.*NaN"),
+    "NaN": (damage_tensors(put(str, lambda t: t.fill_(torch.nan))), r"layer\.0.*checksum"),
+    "NaN, sealed": (
+        damage_tensors(lambda t, n: (t[n].fill_(torch.nan), t.update({positions_of(n): sealed(t, n)}))),
+        r"layer\.0.*NaN",
+    ),
+    "other dtype": (damage_tensors(put(str, lambda t: t.to(torch.int16))), r"layer\.0.*is torch.int16 of"),
+    "no scale": (damage_tensors(put(str, lambda t: t.to(torch.int8))), r"layer\.0.*checksum"),
+    "no scale, sealed": (
+        damage_tensors(
+            lambda t, n: (put(str, lambda v: v.to(torch.int8))(t, n), t.update({positions_of(n): sealed(t, n)}))
+        ),
+        r"layer\.0.*torch.int8 with 0 scales",
+    ),
     "NaN in a head": (
         damage_tensors(lambda t, n: t["base_model.model.classifier.weight"].fill_(torch.nan)),
         "classifier.weight has NaN",
     ),
-    "other shape": (damage_tensors(put(str, lambda t: t[:, None].clone())), r"layer\.0.*not torch.float32 of \(k,\)"),
+    "other shape": (damage_tensors(put(str, lambda t: t[:, None].clone())), r"layer\.0.*not float32 or .* of \(k,\)"),
     "count": (damage_config(nnz_pattern={"bert.pooler.dense.weight": 3}), "but adapter_config.json says"),
     "gating config": (damage_config(nnz_pattern=None), "still in gating"),
     "other method": (damage_config(peft_type="LORA"), "peft_type is 'LORA', not 'DIFFPRUNING'"),
@@ -162,7 +187,7 @@ WRONG = {
     "numbers": ({"a.b": ([0, 1], [1.0])}, {}, r"a\.b: positions are \(2,\), values \(1,\)"),
     "order": ({"a.b": ([1, 0], [1.0, 1.0])}, {}, r"a\.b: positions are not strictly increasing"),
     "range": ({"a.b": ([9], [1.0])}, {}, r"a\.b: positions reach from 9 to 9"),
-    "infinite": ({"a.b": ([0], [float("inf")])}, {}, r"a\.b in torch.float32 has NaN or infinite"),
+    "infinite": ({"a.b": ([0], [float("inf")])}, {}, r"a\.b in float32 has NaN or infinite"),
     "head": ({"a.b": ([0], [1.0])}, {"h.w": torch.tensor([torch.nan])}, r"head h\.w has NaN"),
     "empty": ({"a.b": ([], [])}, {}, "nothing to write"),
 }

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from diffpeft import DiffPruningConfig
+from diffpeft import DiffPruningConfig, DiffPruningModel
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore::FutureWarning:bitsandbytes")
@@ -106,6 +106,18 @@ def test_status_names_the_backend(quantized, saved):
     backends = {s.quantization_backend for s in model.get_layer_status() if s.name.endswith("q_proj")}
     assert backends in ({"bnb 8bit"}, {"bnb 4bit"})
     assert model.get_model_status().enabled is True
+
+
+def test_int8_values_on_a_quantised_base(quantized, saved, tmp_path):
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(saved / "base"), saved / "adapter")
+    model.base_model.cast_values("int8")
+    model.save_pretrained(tmp_path)
+    expected = model.base_model.get_diff()
+    with_peft = PeftModel.from_pretrained(deepcopy(quantized), tmp_path)
+    quantized.load_adapter(str(tmp_path))
+    assert torch.equal(logits(quantized), logits(with_peft))
+    for found in (DiffPruningModel.of(quantized).get_diff(), with_peft.base_model.get_diff()):
+        assert all(torch.equal(values, expected[key][1]) for key, (_, values) in found.items())
 
 
 @pytest.mark.parametrize(

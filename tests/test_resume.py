@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from trainers import make_trainer
+from trainers import Rows, arguments, make_trainer
 from transformers import EarlyStoppingCallback, Trainer
 
 from diffpeft import DiffPruningCallback, last_checkpoint
@@ -69,6 +70,25 @@ def test_resume_ends_bit_for_bit_where_the_unbroken_run_does(tiny_bert, tmp_path
         resumed = make_trainer(tiny_bert, tmp_path / "other", callback(), **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         same(whole, resumed)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_an_adapter_of_fewer_bytes_that_trains_on_is_resumed(tiny_bert, tmp_path, dtype):
+    model = run_to_end(tiny_bert, tmp_path / "first").model
+    model.base_model.cast_values(dtype)
+    model.save_pretrained(tmp_path / "cast")
+
+    def trainer(**kwargs):
+        model = PeftModel.from_pretrained(tiny_bert(), tmp_path / "cast", is_trainable=True)
+        args = arguments(tmp_path, max_steps=8, save_strategy="steps", save_steps=4, **kwargs)
+        return Trainer(model, args, train_dataset=Rows(), callbacks=[DiffPruningCallback(gating_steps=0)])
+
+    whole, resumed = trainer(), trainer()
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for other in (resumed.model, PeftModel.from_pretrained(tiny_bert(), tmp_path / "checkpoint-8")):
+        mine, theirs = whole.model.base_model.get_diff(), other.base_model.get_diff()
+        assert all(torch.equal(a, b) for key in mine for a, b in zip(mine[key], theirs[key], strict=True))
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 from architectures import ARCHITECTURES
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
-from trainers import Rows, arguments
 from torch import nn
+from trainers import Rows, arguments
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer
 
 from diffpeft import DiffPruningCallback, DiffPruningConfig, DiffPruningModel

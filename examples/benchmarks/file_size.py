@@ -86,7 +86,7 @@ def measure(model: PeftModel, density: float, scratch: Path) -> dict[str, float]
     nonzeros = tuner.num_nonzeros()
     shapes = {name.replace(".base_layer", ""): p.shape for name, p in tuner.model.named_parameters()}
     row = {"density": density, "nonzeros": nonzeros, "positions, bound": entropy(diff, elements) / nonzeros}
-    for dtype, bits in (("float32", 32), ("bfloat16", 16)):
+    for dtype, bits in (("float32", 32), ("bfloat16", 16), ("int8", 8)):
         if dtype != "float32":
             tuner.cast_values(dtype)
         model.save_pretrained(scratch / dtype)

@@ -1,0 +1,188 @@
+"""What run_glue.py, run_squad.py and run_clm.py share: arguments, the methods, evaluation where a phase ends, results."""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from diffpeft import DiffPruningCallback, DiffPruningConfig
+from diffpeft.head import fresh_head
+
+METHODS = ("diff_pruning", "magnitude", "full", "head")
+SPARSE = ("diff_pruning", "magnitude")
+
+
+@dataclass
+class ModelArguments:
+    """Which model."""
+
+    model_name_or_path: str = field(metadata={"help": "A model on the hub or in a directory."})
+    method: str = field(default="diff_pruning", metadata={"help": f"One of {METHODS}."})
+
+
+@dataclass
+class DiffPruningArguments:
+    """What to learn; see DiffPruningConfig and DiffPruningCallback."""
+
+    target_density: float = field(default=0.005, metadata={"help": "Nonzeros as a share of the base parameters."})
+    structured: bool = field(default=True, metadata={"help": "One more gate per parameter tensor."})
+    group_penalty: str = field(default="product", metadata={"help": "'product' (paper) or 'additive' (released code)."})
+    l0_lambda: str = field(default="auto", metadata={"help": "'auto' or a number, 1.25e-7 in the paper."})
+    gate_learning_rate: float | None = field(default=None, metadata={"help": "Pace of the gates."})
+    concrete_lower: float = field(default=-1.5, metadata={"help": "l of the stretch."})
+    concrete_upper: float = field(default=1.5, metadata={"help": "r of the stretch."})
+    init_log_alpha: float = field(default=5.0, metadata={"help": "Where the gates start."})
+    target_modules: list[str] | None = field(default=None, metadata={"help": "Default: everything but the head."})
+    exclude_modules: list[str] | None = field(default=None, metadata={"help": "Modules to leave as pretrained."})
+    gating_ratio: float = field(default=0.5, metadata={"help": "Gating's share of the steps."})
+    gating_steps: int | None = field(default=None, metadata={"help": "Gating's length, instead of a share."})
+    fixmask_learning_rate: float | None = field(default=None, metadata={"help": "Default: 10 times learning_rate."})
+
+
+def parse_arguments(
+    data_arguments: type, methods: tuple[str, ...] = METHODS
+) -> tuple[ModelArguments, Any, DiffPruningArguments, TrainingArguments]:
+    """From the command line, or from the one YAML file named there. `data_arguments` is the script's own dataclass, with
+    a field `overwrite`; `methods` are those that make sense for its task."""
+    parser = HfArgumentParser((ModelArguments, data_arguments, DiffPruningArguments, TrainingArguments))
+    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
+        parsed = parser.parse_yaml_file(os.path.abspath(sys.argv[1]))
+    else:
+        parsed = parser.parse_args_into_dataclasses()
+    model_args, data_args, _, training_args = parsed
+    if model_args.method not in methods:
+        raise SystemExit(f"method={model_args.method!r} is not known; use one of {', '.join(methods)}")
+    held = [
+        name for name in ("adapter_config.json", "all_results.json") if (Path(training_args.output_dir) / name).exists()
+    ]
+    if held and not data_args.overwrite and training_args.resume_from_checkpoint is None:
+        raise SystemExit(
+            f"{training_args.output_dir} already holds {' and '.join(held)}; choose another --output_dir, or pass "
+            "--overwrite to replace it"
+        )
+    return parsed
+
+
+def check_length(name: str, value: int, model: PreTrainedModel) -> None:
+    """Exit where inputs of `value` tokens would run out of position embeddings."""
+    limit = getattr(model.config, "max_position_embeddings", -1)  # XLNet says -1, T5 nothing: no limit
+    if 0 < limit < value:
+        raise SystemExit(f"{name}={value} is more than the {limit} positions of the model; use {limit} or less")
+
+
+def diff_config(args: DiffPruningArguments, task_type: str, gated: bool) -> DiffPruningConfig:
+    """The adapter's config from the command line's arguments."""
+    return DiffPruningConfig(
+        task_type=task_type,
+        target_modules=args.target_modules,
+        exclude_modules=args.exclude_modules,
+        target_density=args.target_density,
+        gated=gated,
+        structured=args.structured,
+        group_penalty=args.group_penalty,
+        l0_lambda="auto" if args.l0_lambda == "auto" else float(args.l0_lambda),
+        gate_learning_rate=args.gate_learning_rate,
+        stretch=(args.concrete_lower, args.concrete_upper),
+        init_log_alpha=args.init_log_alpha,
+    )
+
+
+class PhaseEvaluation(TrainerCallback):
+    """Evaluates when a phase ends. One stands before DiffPruningCallback, one after it: they see the model before and
+    after pruning."""
+
+    def __init__(self, run: "Run", name: str) -> None:
+        self.run, self.name = run, name
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Evaluate at the transition."""
+        if state.global_step == self.run.pruning.transition_step < state.max_steps:
+            due = control.should_log, control.should_evaluate
+            self.run.evaluate(self.name)
+            control.should_log, control.should_evaluate = due  # evaluating ticks off what the step still has to do
+
+
+class Run:
+    """One training run: model, trainer, and the results as they come in. A script's subclass makes the model, then, with
+    `self.model` and `self.callbacks`, `self.trainer`, and says in `self.evaluation` what to evaluate on."""
+
+    trainer: Trainer
+    evaluation: dict[str, Dataset]
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        task: str,
+        task_type: str,
+        model_args: ModelArguments,
+        diff_args: DiffPruningArguments,
+        args: TrainingArguments,
+    ) -> None:
+        self.task, self.method, self.args = task, model_args.method, args
+        self.pruning = DiffPruningCallback(
+            diff_args.gating_ratio, diff_args.gating_steps, diff_args.fixmask_learning_rate
+        )
+        self.model: Any = model
+        self.callbacks: list[TrainerCallback] = []
+        if self.method in SPARSE:
+            self.model = get_peft_model(model, diff_config(diff_args, task_type, gated=self.method == "diff_pruning"))
+            self.callbacks = [PhaseEvaluation(self, "gated"), self.pruning, PhaseEvaluation(self, "pruned")]
+        elif self.method == "head":
+            head = tuple(fresh_head(model))
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.startswith(head))
+        self.results: dict[str, Any] = {}
+        self.clock: dict[str, float] = {}
+
+    def evaluate(self, phase: str) -> None:
+        """Note the metrics on every validation split, and the time."""
+        self.clock[f"before {phase}"] = time.perf_counter()
+        found = {}
+        for name, split in self.evaluation.items():
+            suffix = name.removeprefix("validation").strip("_")
+            for key, value in self.trainer.evaluate(split, metric_key_prefix=phase).items():
+                key = key.removeprefix(f"{phase}_")
+                if key != "epoch" and not key.endswith(("runtime", "per_second")):
+                    found[f"{key}_{suffix}" if suffix else key] = value
+        self.results[phase] = found
+        self.clock[f"after {phase}"] = time.perf_counter()
+
+    def train(self) -> dict[str, Any]:
+        """Train, evaluate, save; the results."""
+        start = time.perf_counter()
+        self.trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+        end = time.perf_counter()
+        sparse = self.method in SPARSE
+        self.evaluate("fixmask" if sparse else self.method)
+        self.results |= {"method": self.method, "task": self.task, "steps": self.trainer.state.global_step}
+        self.results["seconds"] = {"train": end - start}
+        if sparse:
+            tuner = self.trainer.model.base_model
+            if "before gated" in self.clock:  # not in a run that was resumed in fixmask
+                self.results["seconds"] = {
+                    "gating": self.clock["before gated"] - start,
+                    "pruning": self.clock["before pruned"] - self.clock["after gated"],
+                    "fixmask": end - self.clock["after pruned"],
+                }
+            self.results |= {
+                "gating_steps": self.pruning.transition_step,
+                "nnz": tuner.num_nonzeros(),
+                "density": tuner.expected_density(),
+                "base_parameters": tuner.num_base_parameters(),
+            }
+            self.trainer.save_model()
+            if self.trainer.is_world_process_zero():
+                self.results["adapter_bytes"] = os.path.getsize(
+                    Path(self.args.output_dir) / "adapter_model.safetensors"
+                )
+        self.trainer.save_state()
+        if self.trainer.is_world_process_zero():
+            (Path(self.args.output_dir) / "all_results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+        return self.results
