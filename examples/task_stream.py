@@ -128,9 +128,8 @@ class Stream:
 
     def learn(self, task: Task, folder: Path, config: PeftConfig, rate: float, *callbacks: Any) -> dict[str, Any]:
         """Train a fresh head and an adapter on the base, evaluate and save them."""
-        options = self.options
-        batches = {"max_steps": options.steps, "per_device_train_batch_size": options.batch_size}
-        args = TrainingArguments(folder, learning_rate=rate, seed=options.seed, **batches, **TRAINING)
+        batches = {"max_steps": self.options.steps, "per_device_train_batch_size": self.options.batch_size}
+        args = TrainingArguments(folder, learning_rate=rate, seed=self.options.seed, **batches, **TRAINING)
         model = get_peft_model(self.base(), config)
         hooks = {"compute_loss_func": task.loss, "callbacks": list(callbacks)}
         trainer = Trainer(model, args, None, task.train, processing_class=self.tokenizer, **hooks)

@@ -382,6 +382,7 @@ if __name__ == "__main__":
         table.add_row(*cells, style="red" if cells[-1] != "0" else None)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
         versions = f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}"
         lines = "".join(f"| {' | '.join(line)} |\n" for line in [header, ["---"] * len(header), *grouped(rows)])
         text = f"{versions}; {arguments.trials} trials, seed {arguments.seed}\n\n{lines}\n{NOTES}"

@@ -1,6 +1,6 @@
 """A training loop of one's own with Accelerate, no Trainer: all three phases from the model's public methods.
 
-    python examples/by_feature/accelerate_loop.py                                       # seven minutes, one core
+    python examples/by_feature/accelerate_loop.py                                       # four minutes, one core
     torchrun --nproc_per_node 2 examples/by_feature/accelerate_loop.py                  # DistributedDataParallel
     python examples/by_feature/accelerate_loop.py --accumulation 4 --mixed_precision bf16
 
@@ -87,8 +87,8 @@ def train(options: argparse.Namespace) -> DiffPruningModel:
             if step == options.gating_steps:
                 accelerator.print(f"after gating   {evaluate(accelerator, model, tests):.1%}")
                 accelerator.print(tuner.magnitude_prune(optimizer=optimizer))
-                # DistributedDataParallel averages the gradients of the parameters that it was built with. The kept values
-                # are new ones: without another wrapper each process would train its own.
+                # DistributedDataParallel waits for the gradients of the parameters that it was built with, and averages no
+                # others. The kept values are new ones: they need a wrapper anew.
                 model = accelerator.prepare(accelerator.unwrap_model(model))
                 accelerator.print(f"after pruning  {evaluate(accelerator, model, tests):.1%}")
             if step == options.steps:
