@@ -4,7 +4,6 @@ import copy
 import json
 import pickle
 import random
-import threading
 
 import accelerate
 import pytest
@@ -328,24 +327,6 @@ def test_a_state_dict_means_the_same_before_and_after_the_first_use(eight, tiny_
     for state, target in ((after, other), (before, one), (before, other), (after, one)):
         target.load_state_dict(state)
         assert torch.equal(logits_of(target, batch), expected)
-
-
-def test_threads_that_come_first_together(eight, tiny_bert, batch):
-    directory, model = eight
-    expected = logits_of(model, batch)
-    one, start, found = native(tiny_bert, directory), threading.Barrier(8), []
-
-    def request():
-        start.wait()
-        found.append(logits_of(one, batch))
-
-    threads = [threading.Thread(target=request) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 8
-    assert all(torch.equal(logits, expected) for logits in found)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
