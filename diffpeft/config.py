@@ -19,8 +19,8 @@ from diffpeft.peft_type import DIFFPRUNING
 from diffpeft.values import check_dtype
 
 GROUP_PENALTIES = ("product", "additive")
-FORMAT_VERSION = 1
-"""Of the adapter files that this version writes (docs/format.md), and the newest that it reads."""
+FORMAT_VERSION = 2
+"""Of the adapter files that this version writes (docs/format.md), and the only one that it reads."""
 
 
 @dataclass
@@ -140,10 +140,10 @@ class DiffPruningConfig(PeftConfig):
                 f"gate_learning_rate={self.gate_learning_rate} cannot move the gates; use a positive number or None"
             )
         check_dtype(self.value_dtype)
-        if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:
+        if not isinstance(self.format_version, int) or self.format_version != FORMAT_VERSION:
             raise ValueError(
-                f"the adapter has format version {self.format_version!r}, this diffpeft reads 1 to {FORMAT_VERSION}; "
-                "install a newer one"
+                f"the adapter has format version {self.format_version!r}, this diffpeft reads {FORMAT_VERSION}; "
+                "install a newer one, or for an older file the one that wrote it, and extract or save the diff anew"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(

@@ -165,8 +165,8 @@ def test_an_adapter_that_transformers_saves_over_another_loads(saved, tiny_bert,
 def test_a_newer_format_is_refused(saved, tiny_bert, tmp_path):
     copy_of(saved[0], tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "format_version": 2}))
-    with pytest.raises(ValueError, match=r"format version 2.*install a newer"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "format_version": 3}))
+    with pytest.raises(ValueError, match=r"format version 3.*install a newer"):
         PeftModel.from_pretrained(tiny_bert(), tmp_path)
 
 

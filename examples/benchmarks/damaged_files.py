@@ -238,7 +238,7 @@ REWRITTEN: dict[str, Callable[..., Any]] = {
     "a count in the config one off": lambda t, c, rng: recount(c["nnz_pattern"], rng),
     "a count in the config missing": lambda t, c, rng: c["nnz_pattern"].pop(rng.choice([*c["nnz_pattern"]])),
     "a count in the config too many": lambda t, c, rng: c["nnz_pattern"].update({"bert.embeddings.LayerNorm.bias": 1}),
-    "a newer format_version": lambda t, c, rng: c.update(format_version=2),
+    "a newer format_version": lambda t, c, rng: c.update(format_version=3),
 }
 
 
