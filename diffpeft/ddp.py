@@ -19,7 +19,8 @@ class DDPFinder:
         self.stop()
 
         def note(*_: Any) -> None:
-            self._ddp = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+            active = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+            self._ddp = active or self._ddp  # an evaluation runs the model without its wrapper
 
         self._handle = model.register_forward_pre_hook(note)
 

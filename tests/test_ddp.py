@@ -35,7 +35,13 @@ class Note(TrainerCallback):
 
 args = TrainingArguments(output_dir=sys.argv[1], max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2,
     report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False)
-trainer = Trainer(model, args, train_dataset=rows, callbacks=[DiffPruningCallback(), Note()])
+class Evaluate(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 4 and len(sys.argv) > 2:
+            trainer.evaluate()  # runs the model without its wrapper, just before it is pruned
+
+trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows[:8],
+    callbacks=[Evaluate(), DiffPruningCallback(), Note()])
 trainer.train()
 diff = {n: (p.tolist(), v.tolist()) for n, (p, v) in model.base_model.get_diff().items()}
 with open(f"{sys.argv[1]}/rank{args.process_index}.json", "w") as file:
@@ -43,12 +49,15 @@ with open(f"{sys.argv[1]}/rank{args.process_index}.json", "w") as file:
 """
 
 
-def test_both_ranks_train_the_same_diff(tmp_path):
+@pytest.mark.parametrize("extra", [[], ["evaluate"]])
+def test_both_ranks_train_the_same_diff(tmp_path, extra):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, str(script), str(tmp_path)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, str(script), str(tmp_path), *extra], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["world"] == 2
