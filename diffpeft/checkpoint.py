@@ -173,7 +173,8 @@ def _stored(directory: Path) -> dict[str, _Stored]:
 
 
 def skeleton_of(directory: Path) -> PreTrainedModel | None:
-    """The model of a directory, of whose files config.json is enough, without its weights; None where its architecture is not one of transformers."""
+    """The model of a directory, of whose files config.json is enough, without its weights; None where its architecture is
+    not one of transformers."""
     try:
         config = json.loads((directory / CONFIG).read_text())
     except FileNotFoundError:

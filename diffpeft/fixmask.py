@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +9,6 @@ from torch import Tensor, nn
 
 from diffpeft import seal, values
 from diffpeft.config import DiffPruningConfig
-
-_OPENING = threading.RLock()
-"""Held while what came from a file is opened: a server's first requests may come at once."""
 
 
 class _Unpacked(NamedTuple):
@@ -66,8 +62,7 @@ class FixmaskTensors(nn.Module):
                 count, numel = self.diffpruning_values[adapter_name][name].numel(), self.shapes[name].numel()
                 self._remember(adapter_name, name, packed, seal.unpack(packed, count, numel))
             else:
-                with _OPENING:
-                    self._open(adapter_name, name)
+                self._open(adapter_name, name)
         return self._unpacked[adapter_name, name].positions
 
     def was_loaded(self, adapter_name: str) -> bool:
@@ -141,15 +136,11 @@ class FixmaskTensors(nn.Module):
         found = [self.kept_values(adapter_name, name).detach() for name in self.diffpruning_values[adapter_name]]
         return all(torch.equal(values.rounded(v, dtype).nan_to_num(), v.float().nan_to_num()) for v in found)
 
-    def stored(self, adapter_name: str, name: str, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Values and positions as they go into a file: in the config's dtype, and sealed together. `kept` are other values
-        than the layer's, fp32, shape (k,), for example gathered from several processes."""
-        kept, dtype = (
-            kept if kept is not None else self.kept_values(adapter_name, name),
-            self.configs[adapter_name].value_dtype,
-        )
+    def stored(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
+        """Values and positions as they go into a file: in the config's dtype, and sealed together."""
+        kept, dtype = self.kept_values(adapter_name, name), self.configs[adapter_name].value_dtype
         where, numel = self.positions(adapter_name, name), self.shapes[name].numel()
-        return values.to_file(where.to(kept.device), kept, numel, dtype, self.parameter_key(name))
+        return values.to_file(where, kept, numel, dtype, self.parameter_key(name))
 
     def forget_positions(self, adapter_name: str) -> None:
         """Decode the adapter's positions anew when they are next needed."""

@@ -60,7 +60,7 @@ class FileCheck:
             self._check_heads(model, heads_checksum)
         packed = {n: b for n, b in model.named_buffers() if f"{PART}positions.{self.adapter_name}." in n}
         # What was used before, or brought to a device only while it runs, is left to the check of each parameter.
-        as_loaded = not any(buffer.is_meta or not seal.is_sealed(buffer) for buffer in packed.values())
+        as_loaded = bool(packed) and not any(buffer.is_meta or not seal.is_sealed(buffer) for buffer in packed.values())
         if diff_checksum is not None and as_loaded and seal.checksum_of_diff(packed) != diff_checksum:
             raise ValueError(
                 f"the diff of adapter {self.adapter_name!r} is not that of its config: it is damaged, or the two are of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -75,6 +76,7 @@ class NoisePass:
     def __init__(self) -> None:
         self._first: dict[Hashable, Tensor] | None = None
         self._aliases: dict[int, Tensor] = {}
+        self._runs_in: dict[str, int] = {}  # a dict, because its setdefault cannot be interrupted
 
     def watch(self, model: nn.Module) -> None:
         """A pass is one call of `model`."""
@@ -86,9 +88,21 @@ class NoisePass:
         remove_hooks(model, self._begin, self._end)
 
     def _begin(self, module: nn.Module, args: Sequence[Any]) -> None:
+        if not torch.compiler.is_compiling():
+            mine = threading.get_ident()
+            if self._runs_in.setdefault("thread", mine) != mine:
+                # Modules hold effective parameters while they run: a second thread would take these for the base's.
+                raise RuntimeError(
+                    "two threads run this model at once, but a model with diffs runs in one at a time; hold a lock around "
+                    "the forward pass, or give each thread a model of its own"
+                )
         self._first = {}
 
     def _end(self, module: nn.Module, args: Sequence[Any], output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            if self._runs_in.get("thread") != threading.get_ident():
+                return  # the pass that was refused
+            self._runs_in.clear()
         self._first = None
 
     def seed(self, key: Hashable) -> Tensor:

@@ -184,5 +184,7 @@ class Run:
                 )
         self.trainer.save_state()
         if self.trainer.is_world_process_zero():
-            (Path(self.args.output_dir) / "all_results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+            text = json.dumps(self.results, indent=1)
+            (Path(self.args.output_dir) / "all_results.json").write_text(text + "\n")
+            print(text)
         return self.results

@@ -10,7 +10,6 @@ no "head", because the output layer of a language model is pretrained and adapte
 the next token are in the log with --eval_strategy epoch (or steps), and in <output_dir>/all_results.json for each phase.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -146,10 +145,7 @@ def main() -> None:
     """Run what the command line asks for."""
     arguments = parse_arguments(DataArguments, tuple(method for method in METHODS if method != "head"))
     set_seed(arguments[-1].seed)
-    run = ClmRun(*arguments)
-    results = run.train()
-    if run.trainer.is_world_process_zero():
-        print(json.dumps(results, indent=1))
+    ClmRun(*arguments).train()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ trains a baseline on the same data and steps instead: "full" fine-tuning, "head"
 then the same pruning and fixmask, without gates. Results go to <output_dir>/all_results.json.
 """
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,10 +141,7 @@ def main() -> None:
     if task not in SENTENCES:
         raise SystemExit(f"task_name={task!r} is no GLUE task; use one of {', '.join(SENTENCES)}")
     set_seed(arguments[-1].seed)
-    run = GlueRun(*arguments)
-    results = run.train()
-    if run.trainer.is_world_process_zero():
-        print(json.dumps(results, indent=1))
+    GlueRun(*arguments).train()
 
 
 if __name__ == "__main__":

@@ -272,10 +272,7 @@ def main() -> None:
     """Run what the command line asks for."""
     arguments = parse_arguments(DataArguments)
     set_seed(arguments[-1].seed)
-    run = SquadRun(*arguments)
-    results = run.train()
-    if run.trainer.is_world_process_zero():
-        print(json.dumps(results, indent=1))
+    SquadRun(*arguments).train()
 
 
 if __name__ == "__main__":

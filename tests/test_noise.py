@@ -1,6 +1,7 @@
 """Noise of the gates: its range, what it follows from, and one seed a parameter and pass."""
 
 import pickle
+import threading
 from copy import deepcopy
 
 import pytest
@@ -137,3 +138,36 @@ def test_unloading_takes_the_hooks_off():
     base = model.unload()
     assert not base._forward_hooks
     assert not base._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("pruned", [True, False])
+def test_threads_that_run_one_model_at_once_are_told_and_leave_it_as_it_was(tiny_bert, batch, pruned):
+    model = get_peft_model(tiny_bert(), DiffPruningConfig(target_density=0.1, init_weights=False)).eval()
+    if pruned:
+        model.base_model.magnitude_prune()
+    with torch.no_grad():
+        expected = model(**batch()).logits
+    start, outputs, errors = threading.Barrier(8), [], []
+
+    def request():
+        start.wait()
+        for _ in range(10):
+            try:
+                with torch.no_grad():
+                    outputs.append(model(**batch()).logits)
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    threads = [threading.Thread(target=request) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(outputs) + len(errors) == 80
+    assert outputs
+    assert errors
+    assert all("two threads run this model at once" in error for error in errors)
+    # What a matrix product rounds depends on how many threads it finds free.
+    assert max(float((logits - expected).abs().max()) for logits in outputs) < 1e-6
+    assert torch.equal(model(**batch()).logits, expected)

@@ -150,6 +150,13 @@ def test_heads_that_a_loader_has_cast_are_not_taken_for_damaged(saved, tiny_bert
     native(**batch())
 
 
+def test_an_adapter_that_is_deleted_before_its_first_use_is_not_missed(saved, tiny_bert, batch):
+    model = tiny_bert()
+    model.load_adapter(str(saved[0]))
+    model.delete_adapter("default")
+    model(**batch())
+
+
 def test_an_adapter_that_transformers_saves_over_another_loads(saved, tiny_bert, batch, tmp_path):
     copy_of(saved[0], tmp_path)
     model = tiny_bert()
