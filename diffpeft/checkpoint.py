@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -58,6 +58,27 @@ class Checkpoint:
     backbone: str | None
     heads: list[str]
     model_class: type[PreTrainedModel] | None
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """A checkpoint's tensors, each read when it is asked for.
+
+    Args:
+        checkpoint: where they are.
+        names: their names in it by the names that they have here.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, names: dict[str, str]) -> None:
+        self.checkpoint, self.names = checkpoint, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.checkpoint.load(self.names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def open_checkpoint(source: Source) -> Checkpoint:

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from diffpeft.checkpoint import open_checkpoint, skeleton_of
+from diffpeft import fingerprint
+from diffpeft.checkpoint import LazyTensors, open_checkpoint, skeleton_of
 from diffpeft.combine import combine as combine_diffs
 from diffpeft.compare import overlap
 from diffpeft.config import DiffPruningConfig
@@ -78,6 +79,16 @@ def _base_shapes(base: str) -> dict[str, torch.Size]:
     if model is None:
         return open_checkpoint(fetch(base, MODEL_FILES)).parameters
     return {name: parameter.shape for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+
+
+def _differing_base(opened: Opened) -> list[str]:
+    """Parameters of the base model that are not those that the diff was made from; of a base on the Hub none is read."""
+    if not Path(opened.base).is_dir() or opened.config.base_fingerprint is None:
+        return []
+    checkpoint = open_checkpoint(opened.base)
+    names = {name: name if name in checkpoint.parameters else name.partition(".")[2] for name in opened.shapes}
+    found = {name: base for name, base in names.items() if base in checkpoint.parameters}
+    return fingerprint.differing(opened.config.base_fingerprint, LazyTensors(checkpoint, found))
 
 
 @contextmanager
@@ -143,13 +154,16 @@ def verify(
     base: Base = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Read adapters whole and check everything that can be checked; exit code 1 if one is damaged."""
+    """Read adapters whole and check all of them, and that a base in a directory is theirs; exit code 1 if one is not whole."""
     rows = []
     for directory in adapters:
         try:
             opened = Opened(directory, base)
+            other = _differing_base(opened)
             verdict = f"{sum(counts(opened.diff).values())} nonzeros, whole"
-            rows.append({"adapter": directory, "whole": True, "found": verdict})
+            if other:
+                verdict = f"made from other weights than {opened.base}: {len(other)} parameters differ, {other[:3]}"
+            rows.append({"adapter": directory, "whole": not other, "found": verdict})
         except (ValueError, OSError) as error:
             rows.append({"adapter": directory, "whole": False, "found": str(error)})
     _show(rows, "", as_json)

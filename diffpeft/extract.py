@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffpeft import fingerprint
 from diffpeft.alignment import align, excluded, inside, whole_modules
-from diffpeft.checkpoint import Checkpoint, Source, open_checkpoint
+from diffpeft.checkpoint import Checkpoint, LazyTensors, Source, open_checkpoint
 from diffpeft.config import DiffPruningConfig, check_density
 from diffpeft.files import owners, write_adapter
 from diffpeft.pruning import Scores, global_threshold
@@ -115,7 +115,7 @@ def extract_diff(
             modules_to_save=modules or None,
             exclude_modules=(exclude if isinstance(exclude, str) else list(exclude)) or None,
             value_dtype=value_dtype,
-            base_fingerprint=fingerprint.take(_Lazy(old, {name: names[name] for name in compared})),
+            base_fingerprint=fingerprint.take(LazyTensors(old, {name: names[name] for name in compared})),
         )
         write_adapter(output, config, diff, shapes, heads)
     count = min(k, differing)
@@ -141,27 +141,6 @@ def _mapping(new: Checkpoint) -> dict[str, str] | None:
 
 def _path(base: Source) -> str | None:
     return os.fspath(base) if isinstance(base, (str, os.PathLike)) else getattr(base, "name_or_path", None) or None
-
-
-class _Lazy(Mapping[str, Tensor]):
-    """A checkpoint's tensors, each read when it is asked for.
-
-    Args:
-        checkpoint: where they are.
-        names: their names in it by the names that they have here.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, names: dict[str, str]) -> None:
-        self.checkpoint, self.names = checkpoint, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.checkpoint.load(self.names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 # Differences

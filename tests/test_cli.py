@@ -76,6 +76,14 @@ def test_verify_finds_damage_and_says_where(adapters, tmp_path):
     assert "adapter_model.safetensors" in damaged["found"]
 
 
+def test_verify_tells_another_base_of_the_same_shape(adapters, tiny_bert, tmp_path):
+    tiny_bert(seed=5).save_pretrained(tmp_path)
+    result = run("verify", adapters / "one", "--base", tmp_path, "--json")
+    (row,) = json.loads(result.stdout)["rows"]
+    assert (result.exit_code, row["whole"]) == (1, False)
+    assert "made from other weights than" in row["found"]
+
+
 def test_diff_of_an_adapter_and_itself_and_another(adapters):
     same = json.loads(run("diff", adapters / "one", adapters / "one", "--json").stdout)["total"]
     assert (same["jaccard"], same["same sign"]) == (1.0, 1.0)
