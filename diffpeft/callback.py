@@ -8,7 +8,6 @@ import warnings
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -17,29 +16,9 @@ from diffpeft import resume
 from diffpeft.ddp import DDPFinder
 from diffpeft.logs import LEARNING_RATE
 from diffpeft.model import FIXMASK, GATING, DiffPruningModel
+from diffpeft.sharding import check_launch
 
 logger = logging.getLogger(__name__)
-
-
-def check_setting(args: TrainingArguments) -> None:
-    """Raise ValueError for ways to run the Trainer in which the gates or the kept values would train wrongly."""
-    # The launcher and the Trainer both say in the environment what Accelerate is to do.
-    sharded = [name for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name}")]
-    if sharded or args.fsdp or args.deepspeed:
-        raise ValueError(
-            f"{' and '.join(sharded) or 'FSDP or DeepSpeed'} shards parameters that pruning replaces; use one process, or "
-            "plain DistributedDataParallel (torchrun or accelerate launch without sharding)"
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process run nn.DataParallel, whose replicas have no ParameterDict; launch with "
-            f"torchrun --nproc_per_node {args.n_gpu}, or set CUDA_VISIBLE_DEVICES to one GPU"
-        )
-    if args.fp16 and not args.max_grad_norm:
-        raise ValueError(
-            f"fp16 with max_grad_norm={args.max_grad_norm} leaves gradients scaled when the gates move; clip with "
-            "max_grad_norm > 0, e.g. 1.0, or use bf16"
-        )
 
 
 class DiffPruningCallback(TrainerCallback, ExportableState):
@@ -110,6 +89,13 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         saved = {**self._settings, "adapter": resume.checksum(self._tuner, self._tuner.active_adapters[0])}
         return {"args": arguments, "attributes": attributes, "saved": saved}
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Check how the Trainer was launched, before anything is sharded."""
+        tuner = DiffPruningModel.of(kwargs["model"])
+        if tuner is not None:
+            check_launch(args, tuner.phase() == GATING, self.fixmask_warmup_steps)
+            tuner.open_values()
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -121,7 +107,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}); wrap it first: "
                 "model = get_peft_model(model, DiffPruningConfig())"
             )
-        check_setting(args)
+        check_launch(args, tuner.phase() == GATING, self.fixmask_warmup_steps)
         self.transition_step = self._gating_steps(state)
         self._factors, self._scheduled, self._skipped = [], [], 0
         name = tuner._name(None)

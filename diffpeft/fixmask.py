@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffpeft import seal, values
 from diffpeft.config import DiffPruningConfig
+from diffpeft.sharding import check_whole
 
 
 class _Unpacked(NamedTuple):
@@ -98,6 +99,7 @@ class FixmaskTensors(nn.Module):
         packed = self.diffpruning_positions[adapter_name][name]
         kept, numel = self.diffpruning_values[adapter_name][name], self.shapes[name].numel()
         what = f"{self.parameter_key(name)}, adapter {adapter_name!r}"
+        check_whole([kept], f"{what}: the first use of a file's values")
         if packed.numel() > seal.SEAL and not bool(packed.any()):
             raise ValueError(f"{what}: its positions were never loaded; load the adapter anew")
         if bool(kept.isnan().any()):
@@ -128,17 +130,9 @@ class FixmaskTensors(nn.Module):
                 )
             kept.data = opened
 
-    def values_fit(self, adapter_name: str) -> bool:
-        """Whether the config's dtype holds the adapter's values as they are."""
-        if adapter_name not in self.diffpruning_values:
-            return True
+    def stored(self, adapter_name: str, name: str, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The values `kept` and their positions as they go into a file: in the config's dtype, and sealed together."""
         dtype = self.configs[adapter_name].value_dtype
-        found = [self.kept_values(adapter_name, name).detach() for name in self.diffpruning_values[adapter_name]]
-        return all(torch.equal(values.rounded(v, dtype).nan_to_num(), v.float().nan_to_num()) for v in found)
-
-    def stored(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
-        """Values and positions as they go into a file: in the config's dtype, and sealed together."""
-        kept, dtype = self.kept_values(adapter_name, name), self.configs[adapter_name].value_dtype
         where, numel = self.positions(adapter_name, name), self.shapes[name].numel()
         return values.to_file(where, kept, numel, dtype, self.parameter_key(name))
 

@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from diffpeft import fingerprint, loading
+from diffpeft import fingerprint, loading, values
 from diffpeft.adapter import POSITIONS, VALUES, own_shapes
 from diffpeft.config import DiffPruningConfig
 from diffpeft.head import FileCheck, fresh_head
 from diffpeft.layer import DiffPruningLayer, RootParameters
 from diffpeft.noise import NoisePass
 from diffpeft.output import OutputLayer
+from diffpeft.sharding import check_whole, is_sharded
 
 
 class Injection(BaseTuner):
@@ -88,6 +89,7 @@ class Injection(BaseTuner):
                     f"{name} already carries an adapter of another kind ({type(module).__name__}), under which the base "
                     "weights are not the model's own; unload it or merge it first"
                 )
+        check_whole(self.model.parameters(), "wrapping a model")
         if not any(p.is_floating_point() for p in self.model.parameters()):
             raise ValueError("the base model has no floating-point parameters, so there is nothing to adapt")
 
@@ -365,9 +367,15 @@ class Injection(BaseTuner):
         layers = {
             n: m for n, m in model.named_modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)
         }
-        # A list: each opens what it has from a file.
-        fit = [layer.values_fit(adapter_name) for layer in layers.values()]
-        if not all(fit):
+        kept = {}
+        for module, layer in layers.items():
+            for name in layer.nnz(adapter_name) or {}:
+                keys = tuple(f"{module}.{kind}.{adapter_name}.{name}" for kind in (VALUES, POSITIONS))
+                if all(key in tensors for key in keys):
+                    # What was just opened is not yet what the state dict has; what is sharded is whole there alone.
+                    mine = layer.kept_values(adapter_name, name)
+                    kept[layer, name, keys] = tensors[keys[0]] if is_sharded(mine) else mine
+        if not all(values.fit(tensor, config.value_dtype) for tensor in kept.values()):
             config.value_dtype = "float32"  # they have trained since they were cast
             for layer in layers.values():
                 layer.configs[adapter_name] = config
@@ -379,11 +387,8 @@ class Injection(BaseTuner):
                 f"PEFT saves the whole embeddings beside the diff where target_modules names them, {sorted(targets)}, and "
                 "they hold the diff already while it is merged; call unmerge_adapter() first"
             )
-        for module, layer in layers.items():
-            for name in layer.nnz(adapter_name) or {}:
-                keys = [f"{module}.{kind}.{adapter_name}.{name}" for kind in (VALUES, POSITIONS)]
-                if all(key in tensors for key in keys):
-                    tensors.update(zip(keys, layer.stored(adapter_name, name), strict=True))
+        for (layer, name, keys), tensor in kept.items():
+            tensors.update(zip(keys, layer.stored(adapter_name, name, tensor), strict=True))
         return tensors
 
     @classmethod

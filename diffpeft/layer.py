@@ -17,6 +17,7 @@ from diffpeft.adapter import VALUES, AdapterTensors
 from diffpeft.diff import add_, restore_, sparse_parameter
 from diffpeft.mixed import MixedBatch
 from diffpeft.noise import NoisePass, remove_hooks, uniform
+from diffpeft.sharding import check_whole
 
 
 class _Merge(NamedTuple):
@@ -251,6 +252,7 @@ class DiffPruningLayer(AdapterTensors):
                     f"{self.key} is quantised: merging adapter {adapter_name!r} into it would round it anew and lose both; "
                     "use it unmerged, or merge into the model loaded unquantised"
                 )
+            check_whole(self.own_parameters().values(), "merging")
             done: list[_Merge] = []
             with torch.no_grad():
                 for merge in self._merge_one(adapter_name):

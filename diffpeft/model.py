@@ -20,6 +20,7 @@ from diffpeft.config import DiffPruningConfig, check_density
 from diffpeft.layer import DiffPruningLayer
 from diffpeft.optimizer import check_replaceable, replace_parameters
 from diffpeft.serving import Serving
+from diffpeft.sharding import check_whole
 from diffpeft.values import rounded, stored_size
 
 GATING, FIXMASK = "gating", "fixmask"
@@ -195,6 +196,7 @@ class DiffPruningModel(Serving):
         if not config.gated:
             return 0.0
         groups = self._groups(name)
+        check_whole((group.elements.log_alpha for group in groups), "gate_step")
         l0_lambda = math.nan
         if bool(torch.isfinite(torch.stack([group.elements.grad.sum() for group in groups]).sum())):
             if config.l0_lambda == "auto":
@@ -253,6 +255,7 @@ class DiffPruningModel(Serving):
         if any(name in layer.merged_adapters for layer in self._layers(name)):
             raise ValueError(f"adapter {name!r} is merged into the base model; call unmerge_adapter() before pruning")
         old = {layer: layer.adapter_parameters(name) for layer in self._layers(name)}
+        check_whole((p for parameters in old.values() for p in parameters), "magnitude_prune")
         if optimizer is not None:
             check_replaceable(optimizer, {p for parameters in old.values() for p in parameters if p.requires_grad})
 
@@ -280,6 +283,14 @@ class DiffPruningModel(Serving):
         if optimizer is not None:
             replace_parameters(optimizer, replacement)
         return pruning.PruningSummary(k, total, threshold.value, per_parameter)
+
+    def open_values(self) -> None:
+        """Check and decode what adapters have from files, which the first forward pass would do: call it before FSDP shards
+        the model. Raises ValueError for what was never loaded or is damaged."""
+        for layer in self.all_layers():
+            for adapter_name in self.peft_config:
+                for name in (layer.has_adapter(adapter_name) and layer.nnz(adapter_name)) or ():
+                    layer.kept_values(adapter_name, name)
 
     @torch.no_grad()
     def cast_values(self, dtype: str, adapter_name: str | None = None) -> None:

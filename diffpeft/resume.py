@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from diffpeft.adapter import GATING_BUFFERS, GATING_PARAMETERS
 from diffpeft.model import DiffPruningModel
+from diffpeft.sharding import is_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +58,15 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def checksum(tuner: DiffPruningModel, adapter_name: str) -> int:
-    """Of all tensors of an adapter, whichever phase it is in, and of its heads: equal after saving and loading.
+def checksum(tuner: DiffPruningModel, adapter_name: str) -> int | None:
+    """Of all tensors of an adapter, whichever phase it is in, and of its heads: equal after saving and loading. None where
+    they are sharded: one process has no sum of all.
 
     It is the sum of the tensors' bytes, taken as integers, which costs one pass over them where they are; of positions, that
     of the decoded ones: their buffer follows the dtype of the file.
     """
+    if any(is_sharded(parameter) for parameter in tuner.parameters()):
+        return None
     total = 0
     for layer in tuner.all_layers():
         for attribute in (*GATING_PARAMETERS, *GATING_BUFFERS):
@@ -110,13 +114,18 @@ def check(tuner: DiffPruningModel, adapter_name: str, saved: Mapping[str, Any]) 
                 f"the checkpoint was made with {name}={before!r}, this run has {now['config'].get(name)!r}; resume with "
                 f"the checkpoint's, or begin a new run"
             )
-    other = tuner.differing_base(adapter_name, saved["base"] or {})
+    whole = not any(is_sharded(parameter) for parameter in tuner.parameters())
+    if whole:
+        other = tuner.differing_base(adapter_name, saved["base"] or {})
+    else:  # what was noted when the adapter was made, before the base was sharded
+        noted = now["base"] or {}
+        other = [name for name, bits in (saved["base"] or {}).items() if noted.get(name) != bits]
     if other:
         raise ValueError(
             f"the checkpoint was made on another base model: {len(other)} parameters differ, {other[:3]}; resume on "
             f"{tuner.peft_config[adapter_name].base_model_name_or_path!r} as it was, or begin a new run"
         )
-    if saved.get("adapter") != checksum(tuner, adapter_name):
+    if whole and saved.get("adapter") != checksum(tuner, adapter_name):
         raise ValueError(
             "the adapter that was loaded is not the one of the checkpoint: its file is damaged, or was not loaded; "
             "resume from an earlier checkpoint"

@@ -79,6 +79,11 @@ def rounded(values: Tensor, dtype: str) -> Tensor:
     return _dequantize(*_quantize(values, dtype))
 
 
+def fit(values: Tensor, dtype: str) -> bool:
+    """Whether a dtype of VALUE_DTYPES holds values (floating, shape (k,), k > 0) as they are."""
+    return torch.equal(rounded(values, dtype).nan_to_num(), values.detach().float().nan_to_num())
+
+
 def _quantize(values: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     """Values in a dtype, shape (k,), and their scale, fp32, shape (1,) for "int8" and (0,) otherwise."""
     values = values.detach()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from diffpeft import DiffPruningCallback, DiffPruningConfig
@@ -44,6 +44,9 @@ class DiffPruningArguments:
     gating_ratio: float = field(default=0.5, metadata={"help": "Gating's share of the steps."})
     gating_steps: int | None = field(default=None, metadata={"help": "Gating's length, instead of a share."})
     fixmask_learning_rate: float | None = field(default=None, metadata={"help": "Default: 10 times learning_rate."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "A pruned adapter to train on in fixmask alone, as FSDP and DeepSpeed need it."}
+    )
 
 
 def parse_arguments(
@@ -127,12 +130,18 @@ class Run:
     ) -> None:
         self.task, self.method, self.args = task, model_args.method, args
         self.pruning = DiffPruningCallback(
-            diff_args.gating_ratio, diff_args.gating_steps, diff_args.fixmask_learning_rate
+            diff_args.gating_ratio,
+            diff_args.gating_steps if diff_args.adapter is None else 0,
+            diff_args.fixmask_learning_rate,
         )
         self.model: Any = model
         self.callbacks: list[TrainerCallback] = []
         if self.method in SPARSE:
-            self.model = get_peft_model(model, diff_config(diff_args, task_type, gated=self.method == "diff_pruning"))
+            if diff_args.adapter is not None:
+                self.model = PeftModel.from_pretrained(model, diff_args.adapter, is_trainable=True)
+            else:
+                gated = self.method == "diff_pruning"
+                self.model = get_peft_model(model, diff_config(diff_args, task_type, gated))
             self.callbacks = [PhaseEvaluation(self, "gated"), self.pruning, PhaseEvaluation(self, "pruned")]
         elif self.method == "head":
             head = tuple(fresh_head(model))

@@ -8,7 +8,7 @@ from trainers import Rows, arguments, make_trainer
 from transformers import Trainer, TrainerCallback
 
 from diffpeft import DiffPruningCallback
-from diffpeft.callback import check_setting
+from diffpeft.sharding import check_launch
 
 
 def test_all_three_phases_in_one_train(tiny_bert, tmp_path, caplog):
@@ -184,15 +184,7 @@ def test_settings_that_would_train_wrongly_are_refused(tiny_bert, tmp_path, chan
     for name, value in change.items():
         setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=message):
-        check_setting(trainer.args)
-
-
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_sharding_is_refused(tiny_bert, tmp_path, monkeypatch, kind):
-    trainer = make_trainer(tiny_bert, tmp_path)
-    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
-    with pytest.raises(ValueError, match=f"{kind} shards parameters that pruning replaces"):
-        trainer.train()
+        check_launch(trainer.args, gating=True, warmup=0)
 
 
 def test_a_learning_rate_of_nought_is_refused(tiny_bert, tmp_path):

@@ -1,0 +1,90 @@
+"""What works where FSDP or DeepSpeed shards parameters over processes, and clear errors for the rest (docs/distributed.md).
+
+A finished adapter's k values are ordinary parameters, whatever shards them. Gating is not: gates move by a rule that looks at
+all of them, and pruning replaces parameters, of which a sharded model has only pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+
+REMEDY = "gate and prune in one process or under plain DistributedDataParallel, then train on here with gating_steps=0"
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds only a piece of the tensor."""
+    return isinstance(tensor, DTensor)
+
+
+def check_whole(tensors: Iterable[Tensor], action: str) -> None:
+    """Raise ValueError if one of the tensors is sharded; `action` says what needs them whole."""
+    if any(is_sharded(tensor) for tensor in tensors):
+        raise ValueError(f"{action} needs whole parameters, but FSDP has sharded these over processes; {REMEDY}")
+
+
+def check_launch(args: TrainingArguments, gating: bool, warmup: float) -> None:
+    """Raise ValueError for ways to launch the Trainer in which the gates or the kept values would train wrongly.
+
+    Args:
+        args: the Trainer's.
+        gating: whether there are gates to learn.
+        warmup: fixmask's own warm-up, in steps or as a share.
+    """
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process run nn.DataParallel, whose replicas have no ParameterDict; launch with "
+            f"torchrun --nproc_per_node {args.n_gpu}, or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+    if args.fp16 and not args.max_grad_norm:
+        raise ValueError(
+            f"fp16 with max_grad_norm={args.max_grad_norm} leaves gradients scaled when the gates move; clip with "
+            "max_grad_norm > 0, e.g. 1.0, or use bf16"
+        )
+    # Accelerate alone knows what came of its config, the environment and the Trainer's arguments.
+    if not AcceleratorState._shared_state:
+        return
+    state: Any = AcceleratorState()
+    kind = state.distributed_type
+    if kind == DistributedType.FSDP:
+        _check_fsdp(state.fsdp_plugin)
+    elif kind == DistributedType.DEEPSPEED:
+        _check_deepspeed(state.deepspeed_plugin.zero_stage, warmup)
+    elif kind == DistributedType.MEGATRON_LM or (kind == DistributedType.XLA and args.fsdp):
+        raise ValueError(
+            f"{kind.value} splits the parameters that diffs belong to; use DistributedDataParallel or FSDP2"
+        )
+    else:
+        return
+    if gating:
+        raise ValueError(f"gating does not work under {kind.value}, which shards what it needs whole; {REMEDY}")
+
+
+def _check_fsdp(plugin: Any) -> None:
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FSDP version {plugin.fsdp_version} flattens parameters; set fsdp_version: 2")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "cpu_ram_efficient_loading=True hands out parameters alone, and an adapter's positions are buffers; set "
+            "fsdp_cpu_ram_efficient_loading: false"
+        )
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(
+            f"{plugin.state_dict_type} saves pieces of adapters; set fsdp_state_dict_type: FULL_STATE_DICT"
+        )
+
+
+def _check_deepspeed(stage: int, warmup: float) -> None:
+    if stage > 2:
+        raise ValueError(f"ZeRO stage {stage} takes base weights away between modules; use stage 1 or 2, or FSDP2")
+    if warmup:
+        raise ValueError(
+            f"fixmask_warmup_steps={warmup} cannot be had: DeepSpeed updates the weights before the callback can set a "
+            "learning rate; use warmup_steps of the Trainer's arguments"
+        )

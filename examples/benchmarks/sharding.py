@@ -1,0 +1,157 @@
+"""Fixmask in two processes: plain DistributedDataParallel beside FSDP2 and DeepSpeed's ZeRO, all in the stock Trainer.
+
+    python examples/benchmarks/sharding.py --output examples/benchmarks/results     # two minutes, two cores
+    pip install deepspeed                                                           # for the rows of ZeRO
+
+A pruned diff on a small random BERT trains for eight steps, with a checkpoint after four, and once more from that checkpoint.
+What is shown: how far the loss and the saved values are from those under DistributedDataParallel, and whether the run that was
+resumed ends with the same bits. Accelerate turns FSDP and DeepSpeed on where there are GPUs; on CPUs this script tells it that
+there are processes to shard over, and gloo carries what they send.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+import accelerate
+import torch
+import transformers
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from peft import get_peft_model
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from diffpeft import DiffPruningCallback, DiffPruningConfig
+
+STEPS, HALF = 8, 4
+KINDS = ("ddp", "fsdp2", "zero1", "zero2")
+SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def shard_on_cpus(kind: str) -> dict[str, Any]:
+    """Have Accelerate shard in the processes of a CPU; the Trainer's arguments that this needs."""
+    if kind == "ddp":
+        return {"use_cpu": True}
+    wrapped = AcceleratorState if kind == "fsdp2" else PartialState
+    plain = wrapped.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        if kind != "fsdp2":
+            ranks = {"num_processes": "WORLD_SIZE", "process_index": "RANK", "local_process_index": "LOCAL_RANK"}
+            PartialState._shared_state.update({name: int(os.environ[word]) for name, word in ranks.items()})
+        elif self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2, cpu_ram_efficient_loading=False, state_dict_type="FULL_STATE_DICT"
+            )
+
+    wrapped.__init__ = init  # type: ignore[method-assign]
+    if kind == "fsdp2":
+        return {"use_cpu": True}
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    settings = {"zero_optimization": {"stage": int(kind[-1])}, "zero_allow_untested_optimizer": True}
+    automatic = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_clipping"), "auto")
+    return {"deepspeed": {**settings, **automatic}}
+
+
+def train(kind: str, folder: Path, checkpoint: str | None) -> None:
+    """Fixmask, in one of the processes."""
+    launch = shard_on_cpus(kind)
+    torch.manual_seed(0)
+    base = BertForSequenceClassification(BertConfig(**SIZES, max_position_embeddings=16))
+    config = DiffPruningConfig(task_type="SEQ_CLS", target_density=0.05, gated=False, init_weights=False)
+    model = get_peft_model(base, config)
+    model.base_model.magnitude_prune()
+    rows = [{"input_ids": torch.randint(50, (6,)), "labels": row % 2} for row in range(64)]
+    args = TrainingArguments(
+        str(folder),
+        max_steps=STEPS,
+        save_steps=HALF,
+        logging_steps=1,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **launch,
+    )
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[DiffPruningCallback(gating_steps=0)])
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(folder / "adapter"))
+    if trainer.is_world_process_zero():
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        kinds = trainer.accelerator.distributed_type, trainer.accelerator.num_processes
+        (folder / "found.json").write_text(json.dumps({"losses": losses, "type": kinds[0], "processes": kinds[1]}))
+
+
+def launch(kind: str, folder: Path, checkpoint: Path | None = None) -> dict[str, Any]:
+    """What two processes found, and the tensors that they saved."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [__file__, "--train", kind, "--folder", str(folder)]
+    words += [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
+    subprocess.run([sys.executable, *launcher, *words], check=True, stdout=subprocess.DEVNULL, timeout=300)
+    return {
+        **json.loads((folder / "found.json").read_text()),
+        "tensors": load_file(folder / "adapter" / "adapter_model.safetensors"),
+    }
+
+
+def main() -> None:
+    """Train in all ways, compare, show and keep what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="where sharding.md goes")
+    parser.add_argument("--train", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.train:
+        train(options.train, options.folder, options.checkpoint)
+        return
+    deepspeed = importlib.util.find_spec("deepspeed") is not None
+    lines = [
+        f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}",
+        "",
+    ]
+    lines += [
+        "| two processes under | loss of the last step | farthest from DDP's values | resumed from half: the same bits |"
+    ]
+    lines += ["|---|---:|---:|---|"]
+    different = []
+    with tempfile.TemporaryDirectory() as scratch:
+        plain: dict[str, Any] = {}
+        for kind in KINDS:
+            if kind.startswith("zero") and not deepspeed:
+                lines.append(f"| {kind} | deepspeed is not installed | | |")
+                continue
+            first = Path(scratch) / kind
+            whole = launch(kind, first)
+            again = launch(kind, Path(scratch) / f"{kind}-again", first / f"checkpoint-{HALF}")
+            plain = plain or whole["tensors"]
+            far = max(
+                float((tensor - plain[key]).abs().max())
+                for key, tensor in whole["tensors"].items()
+                if tensor.is_floating_point()
+            )
+            same = all(torch.equal(tensor, again["tensors"][key]) for key, tensor in whole["tensors"].items())
+            different += [] if same else [kind]
+            name = f"{kind} ({whole['type']}, {whole['processes']} processes)"
+            lines.append(f"| {name} | {whole['losses'][-1]:.6f} | {far:.1e} | {'yes' if same else 'no'} |")
+    print(text := "\n".join([*lines, ""]))
+    if options.output:
+        (options.output / "sharding.md").write_text(text)
+    if different:
+        raise SystemExit(f"{different} did not resume exactly")
+
+
+if __name__ == "__main__":
+    main()
