@@ -182,6 +182,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
 
     def _rate_factors(self, tuner: DiffPruningModel, args: TrainingArguments, state: TrainerState) -> list[float]:
         """What the scheduled learning rate of each group is multiplied by."""
+        if state.global_step >= state.max_steps:  # the step that transformers takes when an ended run is resumed
+            return [0.0] * len(self._scheduled)
         if tuner.phase() == GATING:
             automatic = tuner.is_gated() and tuner.peft_config[tuner.active_adapters[0]].l0_lambda == "auto"
             progress = tuner.sparsification() if automatic else 0.0

@@ -72,6 +72,17 @@ def test_resume_ends_bit_for_bit_where_the_unbroken_run_does(tiny_bert, tmp_path
         same(whole, resumed)
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_a_run_that_has_ended_trains_nothing_when_it_is_resumed(tiny_bert, tmp_path, optim):
+    # transformers takes a step more where the last one is not an epoch's last.
+    settings = {"max_steps": 13, "optim": optim, "weight_decay": 0.1}
+    whole = run_to_end(tiny_bert, tmp_path, save_steps=13, **settings)
+    resumed = make_trainer(tiny_bert, tmp_path / "other", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-13"))
+    mine, theirs = whole.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_an_adapter_of_fewer_bytes_that_trains_on_is_resumed(tiny_bert, tmp_path, dtype):
     model = run_to_end(tiny_bert, tmp_path / "first").model
