@@ -196,4 +196,5 @@ class Run:
             text = json.dumps(self.results, indent=1)
             (Path(self.args.output_dir) / "all_results.json").write_text(text + "\n")
             print(text)
+        self.trainer.accelerator.wait_for_everyone()  # nobody leaves while a gather is still being cleaned up
         return self.results

@@ -56,7 +56,7 @@ def test_both_ranks_train_the_same_diff(tmp_path, extra):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [*command, str(script), str(tmp_path), *extra], env=environment, capture_output=True, text=True
+        [*command, str(script), str(tmp_path), *extra], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))

@@ -63,7 +63,6 @@ def train(options: argparse.Namespace) -> DiffPruningModel:
     model, optimizer, batches, tests = accelerator.prepare(model, optimizer, batches, tests)
     tuner = accelerator.unwrap_model(model).base_model
     set_seed(SEED, device_specific=True)  # each process samples gates of its own
-
     step, start = 0, time.perf_counter()
     model.train()
     while step < options.steps:
@@ -97,6 +96,7 @@ def train(options: argparse.Namespace) -> DiffPruningModel:
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(options.output_dir)
         print(f"adapter in {options.output_dir}; {time.perf_counter() - start:.0f} s")
+    accelerator.wait_for_everyone()  # nobody leaves while another saves, or while a gather is still being cleaned up
     accelerator.end_training()
     return tuner
 

@@ -51,7 +51,7 @@ def test_every_process_ends_with_the_saved_diff(tmp_path, launcher, options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     words = ["--steps", "12", "--gating_steps", "7", "--batch_size", "8", "--density", "0.02", "--cpu", *options]
     command = [sys.executable, *launcher, str(script), str(tmp_path), *words, "--output_dir", str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("after fixmask") == 1
     ranks = [json.loads(file.read_text()) for file in sorted(tmp_path.glob("rank*.json"))]

@@ -187,7 +187,7 @@ def test_launchers(folder, tmp_path, launcher):
     words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FILE.parents[1])}
     command = [sys.executable, *launcher, str(FILE), *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "all_results.json").read_text())
     assert result["nnz"] == round(0.02 * result["base_parameters"])
