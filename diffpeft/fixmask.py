@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffpeft import seal, values
 from diffpeft.config import DiffPruningConfig
+from diffpeft.patched import Pattern, sampling_pays
 from diffpeft.sharding import check_whole
 
 
@@ -44,6 +45,7 @@ class FixmaskTensors(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._unpacked: dict[tuple[str, str], _Unpacked] = {}
+        self._patterns: dict[tuple[str, str], tuple[Tensor, Pattern]] = {}  # and the positions that they were made from
 
     def parameter_key(self, name: str) -> str:
         """The name in the base model of the wrapped module's parameter `name`."""
@@ -65,6 +67,17 @@ class FixmaskTensors(nn.Module):
             else:
                 self._open(adapter_name, name)
         return self._unpacked[adapter_name, name].positions
+
+    def pattern(self, adapter_name: str, name: str, like: Tensor) -> Pattern | None:
+        """The positions as compressed sparse rows, where the gradient of the values is cheaper at these alone for a product of
+        tensors like `like`."""
+        where = self.positions(adapter_name, name)
+        if not sampling_pays(where.numel(), self.shapes[name], like):
+            return None
+        cached = self._patterns.get((adapter_name, name))
+        if cached is None or cached[0] is not where:
+            cached = self._patterns[adapter_name, name] = where, Pattern.of(where, self.shapes[name])
+        return cached[1]
 
     def was_loaded(self, adapter_name: str) -> bool:
         """Whether any of the adapter's positions here were ever filled in."""
@@ -140,3 +153,4 @@ class FixmaskTensors(nn.Module):
         """Decode the adapter's positions anew when they are next needed."""
         for key in [key for key in self._unpacked if key[0] == adapter_name]:
             del self._unpacked[key]
+            self._patterns.pop(key, None)

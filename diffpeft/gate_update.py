@@ -9,22 +9,22 @@ Two rules, both Adam (Kingma & Ba 2015) with moments m, v of the gradient g and 
 - fixed lambda, the paper's: g = task gradient + lambda * penalty gradient, log_alpha -= pace * m / (sqrt(v) + eps).
 - automatic: g = task gradient alone, log_alpha -= pace * (m + lambda) / (sqrt(v) + lambda). The pull lambda stands for
   what a nonzero costs, in the units of the loss, and is solved for in every step, so that the expected density follows
-  [`density_schedule`]. Penalising log_alpha itself, rather than P(z > 0), keeps the pull on a gate from fading as it
+  [`density_schedule`]. Where more gates would close by the task's gradient alone, those that close are slowed down. Penalising log_alpha itself, rather than P(z > 0), keeps the pull on a gate from fading as it
   closes (sigmoid' is 7e-3 at the initial log_alpha = 5 and again at -5), so gates end open or shut, not in between; and
   without an eps there is no scale of the loss or of lambda at which the method changes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffpeft.gates import Stretch, open_logit, open_probability, pieces
+from diffpeft import kernels
+from diffpeft.gates import Stretch, open_logit, open_probability, open_shift
+from diffpeft.kernels import BETAS, direction
 
-BETAS = (0.9, 0.999)
-EPS = 1e-8
 PAPER_PACE = 0.1
 TRAVEL = 40.0
 """How far the automatic rule would let a gate travel over the whole of gating. Closing one takes about 13."""
@@ -32,9 +32,12 @@ HELD = 0.3
 """Share of gating in which gates do not move: first w learns the task, so that there is something to choose by."""
 SETTLED = 0.9
 """Share of gating after which the schedule stays at its target."""
-SAMPLE = 1 << 18
+SAMPLE = 1 << 17
 """Gates on which lambda is solved for; the full count corrects what the sample gets wrong in the next step."""
-_SMALLEST = 1e-30
+SMALL = 1 << 14
+"""Elements of a parameter up to which its gates move together with those of other small ones."""
+COARSE = 16
+"""One in so many of them tells where about lambda is, before all of them do."""
 
 
 class Gates(NamedTuple):
@@ -71,18 +74,50 @@ def density_schedule(step: int, gating_steps: int, start: float, target: float) 
 
 
 @torch.no_grad()
-def expected_nonzeros(groups: Sequence[Group], stretch: Stretch) -> float:
-    """Sum over the elements of P(element open) P(group open)."""
-    total = 0.0
-    for group in groups:
-        elements = sum(float(open_probability(piece, stretch).sum()) for (piece,) in pieces(group.elements.log_alpha))
-        total += elements if group.whole is None else elements * float(open_probability(group.whole.log_alpha, stretch))
-    return total
+def open_elements(groups: Sequence[Group], stretch: Stretch, fused: bool = False) -> Tensor:
+    """Sum over the elements of P(element open) of each group, float64, shape (groups,), group gates left out."""
+    sums = torch.zeros(len(groups), dtype=torch.int64, device=groups[0].elements.log_alpha.device if groups else None)
+    for index, group in enumerate(groups):
+        if group.elements.log_alpha.numel() > SMALL:
+            sums[index] = kernels.open_elements(group.elements.log_alpha, stretch, fused)
+    small = _small(groups)
+    if small:
+        joined = torch.cat([groups[index].elements.log_alpha.reshape(-1) for index in small])
+        lengths = torch.tensor([groups[index].elements.log_alpha.numel() for index in small], device=sums.device)
+        owner = torch.tensor(small, device=sums.device).repeat_interleave(lengths)
+        sums.index_add_(0, owner, kernels.open_units(joined, open_shift(stretch)).to(torch.int64))
+    return sums.double() / kernels.UNIT
 
 
-def _moments(gates: Gates, grad: Tensor) -> None:
-    gates.exp_avg.lerp_(grad, 1 - BETAS[0])
-    gates.exp_avg_sq.mul_(BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1])
+def _small(groups: Sequence[Group]) -> list[int]:
+    """Which groups are so small that launching kernels for each would cost most of the time."""
+    return [index for index, group in enumerate(groups) if group.elements.log_alpha.numel() <= SMALL]
+
+
+def _move_together(gates: Sequence[Gates], rule: Tensor) -> None:
+    """Move gates of small tensors, all at once."""
+    columns = [list(column) for column in zip(*gates, strict=True)]
+    joined = [torch.cat([tensor.reshape(-1) for tensor in column]) for column in columns]
+    kernels.automatic_(joined[0], joined[1], joined[2], joined[3], rule)
+    for column, moved in zip(columns, joined, strict=True):
+        if column is not columns[1]:  # the gradients
+            parts = moved.split([tensor.numel() for tensor in column])
+            torch._foreach_copy_(column, [part.view(tensor.shape) for part, tensor in zip(parts, column, strict=True)])
+
+
+@torch.no_grad()
+def expected_nonzeros(groups: Sequence[Group], stretch: Stretch, elements: Tensor | None = None) -> float:
+    """Sum over the elements of P(element open) P(group open); `elements` are those of [`open_elements`], if known."""
+    if not groups:
+        return 0.0
+    elements = open_elements(groups, stretch) if elements is None else elements
+    return float((elements * _open_wholes(groups, stretch)).sum())
+
+
+def _open_wholes(groups: Sequence[Group], stretch: Stretch) -> Tensor:
+    """P(group open) of each group, fp32, shape (groups,); 1 without a group gate."""
+    one = torch.ones(1, device=groups[0].elements.log_alpha.device)
+    return torch.cat([one if g.whole is None else open_probability(g.whole.log_alpha, stretch) for g in groups])
 
 
 def penalty_gradient(group: Group, stretch: Stretch, form: str) -> tuple[Tensor, Tensor | None]:
@@ -112,6 +147,8 @@ def fixed_lambda_step(
     stretch: Stretch,
     form: str,
     max_norm: float = 1.0,
+    elements: Tensor | None = None,
+    fused: bool = False,
 ) -> None:
     """One update with the paper's fixed lambda: the gradient of loss + lambda * penalty, its norm clipped, then Adam.
 
@@ -123,29 +160,35 @@ def fixed_lambda_step(
         stretch: (l, r).
         form: of the group penalty.
         max_norm: largest norm of the gradient of all gates together; the reference clips gates and weights apart.
+        elements: what [`open_elements`] gives, if known.
+        fused: whether to compile.
     """
-    gradients = []
-    for group in groups:
-        by_element, by_whole = penalty_gradient(group, stretch, form)
-        gradients.append((group.elements, group.elements.grad + l0_lambda * by_element))
-        if group.whole is not None and by_whole is not None:
-            gradients.append((group.whole, group.whole.grad + l0_lambda * by_whole))
-    norm = torch.stack([grad.norm() for _, grad in gradients]).norm()
-    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    correction = 1 - BETAS[0] ** (step + 1), math.sqrt(1 - BETAS[1] ** (step + 1))
-    for gates, grad in gradients:
-        _moments(gates, grad.mul_(scale))
-        denominator = gates.exp_avg_sq.sqrt().div_(correction[1]).add_(EPS)
-        gates.log_alpha.addcdiv_(gates.exp_avg, denominator, value=-pace / correction[0])
-
-
-def _direction(mean: Tensor, root: Tensor, pull: Tensor | float) -> Tensor:
-    """(m + lambda) / (sqrt(v) + lambda), in [-1, 1] up to bias correction; gates without any gradient just close."""
-    return (mean + pull).div_(root + (pull + _SMALLEST)).clamp_(-1, 1)
+    elements = open_elements(groups, stretch, fused) if elements is None else elements
+    product = form == "product"
+    by_elements = l0_lambda * (_open_wholes(groups, stretch) if product else torch.ones_like(elements))
+    by_wholes = l0_lambda * (elements if product else torch.ones_like(elements))
+    weighted: list[tuple[Gates, Tensor]] = []
+    for group, by_element, by_whole in zip(groups, by_elements.float(), by_wholes.float(), strict=True):
+        weighted.append((group.elements, by_element))
+        if group.whole is not None:
+            weighted.append((group.whole, by_whole))
+    squares = [kernels.penalised_square(g.grad, g.log_alpha, stretch, weight, fused) for g, weight in weighted]
+    scale = torch.clamp(max_norm / (torch.stack(squares).sum().sqrt() + 1e-6), max=1.0)
+    correction = 1 - BETAS[0] ** (step + 1), 1 - BETAS[1] ** (step + 1)
+    rule = torch.stack([scale, scale.new_tensor(pace / correction[0]), scale.new_tensor(1 / correction[1])])
+    for (log_alpha, grad, exp_avg, exp_avg_sq), weight in weighted:
+        kernels.adam_(log_alpha, grad, exp_avg, exp_avg_sq, stretch, weight, rule, fused)
 
 
 def automatic_step(
-    groups: Sequence[Group], step: int, pace: float, stretch: Stretch, expected: float, wanted: float
+    groups: Sequence[Group],
+    step: int,
+    pace: float,
+    stretch: Stretch,
+    expected: float,
+    wanted: float,
+    elements: Tensor | None = None,
+    fused: bool = False,
 ) -> float:
     """One update that brings the expected number of nonzeros from `expected` to `wanted`, as far as `pace` allows.
 
@@ -156,54 +199,98 @@ def automatic_step(
         stretch: (l, r).
         expected: expected number of nonzeros now.
         wanted: expected number of nonzeros to have after this step.
+        elements: what [`open_elements`] gives, if known.
+        fused: whether to compile.
 
     Returns:
         The pull lambda, in units of the loss.
     """
+    elements = open_elements(groups, stretch, fused) if elements is None else elements
     correction = 1 - BETAS[0] ** (step + 1), 1 - BETAS[1] ** (step + 1)
-    pull = _solve(groups, correction, pace, stretch, wanted / expected)
+    pull, brake = _Sample(groups, correction, pace, stretch, wanted / expected).solve()
+    rule = torch.tensor(
+        [pull, pace, pace * brake, 1 / correction[0], 1 / correction[1]], device=elements.device, dtype=torch.float32
+    )
+    _move_wholes(groups, rule, elements)
+    small = _small(groups)
+    if small:
+        _move_together([groups[index].elements for index in small], rule)
     for group in groups:
-        if group.whole is not None and group.elements.log_alpha.numel():
-            # The paper's product would pull on a group with the sum over its elements and shut whole tensors first.
-            # Its mean over the elements makes elements decide first; a group goes when nothing in it is worth a pull.
-            share = pull * open_probability(group.elements.log_alpha, stretch).mean()
-            _moments(group.whole, group.whole.grad)
-            mean, root = group.whole.exp_avg / correction[0], (group.whole.exp_avg_sq / correction[1]).sqrt_()
-            group.whole.log_alpha.sub_(_direction(mean, root, share), alpha=pace)
-        for gates in map(Gates._make, pieces(*group.elements)):
-            _moments(gates, gates.grad)
-            mean, root = gates.exp_avg / correction[0], (gates.exp_avg_sq / correction[1]).sqrt_()
-            gates.log_alpha.sub_(_direction(mean, root, pull), alpha=pace)
+        if group.elements.log_alpha.numel() > SMALL:
+            kernels.automatic_(*group.elements, rule, fused)
     return pull
 
 
-def _solve(
-    groups: Sequence[Group], correction: tuple[float, float], pace: float, stretch: Stretch, ratio: float
-) -> float:
-    """The least pull after which a sample of the gates has `ratio` times its expected number of nonzeros."""
-    stride = max(1, sum(group.elements.log_alpha.numel() for group in groups) // SAMPLE)
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for group in groups:
-        log_alpha, grad, exp_avg, exp_avg_sq = (tensor.reshape(-1)[::stride] for tensor in group.elements)
-        mean = torch.lerp(exp_avg, grad, 1 - BETAS[0]).div_(correction[0])
-        square = (exp_avg_sq * BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1]).div_(correction[1])
-        whole = torch.ones_like(log_alpha)
-        if group.whole is not None:
-            whole *= open_probability(group.whole.log_alpha, stretch)
-        parts.append((open_logit(log_alpha, stretch), mean, square.sqrt_(), whole))
-    logit, mean, root, whole = (torch.cat(column) for column in zip(*parts, strict=True))
-    wanted = ratio * float((torch.sigmoid(logit) * whole).sum())
+def _move_wholes(groups: Sequence[Group], rule: Tensor, elements: Tensor) -> None:
+    """Move the group gates.
 
-    def expected(pull: float) -> float:
-        return float((torch.sigmoid(logit - pace * _direction(mean, root, pull)) * whole).sum())
+    The paper's product would pull on a group with the sum over its elements and shut whole tensors first. Its mean over the
+    elements makes elements decide first; a group goes when nothing in it is worth a pull.
+    """
+    some = [index for index, group in enumerate(groups) if group.whole is not None and group.elements.grad.numel()]
+    if some:
+        sizes = elements.new_tensor([groups[index].elements.grad.numel() for index in some])
+        pulls = (rule[0] * elements[some] / sizes).float().unsqueeze(0)
+        _move_together(
+            [whole for index in some if (whole := groups[index].whole)],
+            torch.cat([pulls, rule[1:].unsqueeze(1).expand(-1, len(some))]),
+        )
 
-    if expected(0.0) <= wanted:
-        return 0.0
-    # Gradients of the locations are far below 1 in any network with a bounded loss; the bracket grows if not.
-    low, high = -46.0, math.log(max(float(root.max()), 1e-12)) + 7.0
-    if expected(math.exp(high)) > wanted:
-        return math.exp(high)
-    for _ in range(24):
+
+class _Sample:
+    """Some of the gates, on which the step is found after which they have `ratio` times their expected number of nonzeros."""
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        correction: tuple[float, float],
+        pace: float,
+        stretch: Stretch,
+        ratio: float,
+    ) -> None:
+        stride = max(1, sum(group.elements.log_alpha.numel() for group in groups) // SAMPLE)
+        parts = [[tensor.reshape(-1)[::stride] for tensor in group.elements] for group in groups]
+        log_alpha, grad, exp_avg, exp_avg_sq = (torch.cat(column) for column in zip(*parts, strict=True))
+        counts = torch.tensor([part[0].numel() for part in parts], device=log_alpha.device)
+        self.logit = open_logit(log_alpha, stretch)
+        self.mean = torch.lerp(exp_avg, grad, 1 - BETAS[0]).div_(correction[0])
+        self.square = (exp_avg_sq * BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1]).div_(correction[1])
+        self.whole = _open_wholes(groups, stretch).repeat_interleave(counts)
+        self.pace, self.ratio = pace, ratio
+
+    def expected(self, pull: float, brake: float, stride: int = 1) -> float:
+        """The nonzeros of one in `stride` after a step, as a multiple of those wanted."""
+        logit, whole = self.logit[::stride], self.whole[::stride]
+        move = direction(self.mean[::stride], self.square[::stride], pull)
+        move = move if brake == 1.0 else torch.where(move > 0, move * brake, move)
+        after = (torch.sigmoid(logit - self.pace * move) * whole).sum()
+        before = (torch.sigmoid(logit) * whole).sum()
+        return float(after) / max(self.ratio * float(before), 1e-30)
+
+    def solve(self) -> tuple[float, float]:
+        """The least pull, and the share of their way that gates which close are let go, that give what is wanted."""
+        if self.expected(0.0, 1.0) <= 1.0:
+            if self.expected(0.0, 0.0) <= 1.0:
+                return 0.0, 0.0
+            return 0.0, _bisect(lambda brake: self.expected(0.0, brake), 0.0, 1.0, 16)
+        # Gradients of the locations are far below 1 in any network with a bounded loss; the bracket grows if not.
+        low, high = -46.0, math.log(max(float(self.square.max()) ** 0.5, 1e-12)) + 7.0
+        if self.expected(math.exp(high), 1.0) > 1.0:
+            return math.exp(high), 1.0
+        if len(self.logit) > COARSE**3:
+            about = _bisect(lambda x: self.expected(math.exp(x), 1.0, COARSE), low, high, 20)
+            width = 0.1
+            while width < high - low:  # until the root lies between
+                below, above = max(low, about - width), min(high, about + width)
+                if self.expected(math.exp(below), 1.0) > 1.0 >= self.expected(math.exp(above), 1.0):
+                    return math.exp(_bisect(lambda x: self.expected(math.exp(x), 1.0), below, above, 6)), 1.0
+                width *= 8
+        return math.exp(_bisect(lambda x: self.expected(math.exp(x), 1.0), low, high, 24)), 1.0
+
+
+def _bisect(function: Callable[[float], float], low: float, high: float, steps: int) -> float:
+    """The upper end of the interval, halved so often, at which a falling function goes below 1."""
+    for _ in range(steps):
         middle = (low + high) / 2
-        low, high = (middle, high) if expected(math.exp(middle)) > wanted else (low, middle)
-    return math.exp(high)
+        low, high = (middle, high) if function(middle) > 1.0 else (low, middle)
+    return high

@@ -62,10 +62,15 @@ def gate_slope(s: Tensor, stretch: Stretch) -> Tensor:
     return (1 - s).mul_(s).mul_(high - low).mul_(inside)
 
 
+def open_shift(stretch: Stretch) -> float:
+    """log(-l / r)."""
+    low, high = stretch
+    return math.log(-low / high)
+
+
 def open_logit(log_alpha: Tensor, stretch: Stretch) -> Tensor:
     """logit of P(z > 0) = log_alpha - log(-l / r)."""
-    low, high = stretch
-    return log_alpha - math.log(-low / high)
+    return log_alpha - open_shift(stretch)
 
 
 def open_probability(log_alpha: Tensor, stretch: Stretch) -> Tensor:

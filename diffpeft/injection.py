@@ -22,6 +22,7 @@ from diffpeft import fingerprint, loading, values
 from diffpeft.adapter import POSITIONS, VALUES, own_shapes
 from diffpeft.config import DiffPruningConfig
 from diffpeft.head import FileCheck, fresh_head
+from diffpeft.kernels import WORTH_FUSING
 from diffpeft.layer import DiffPruningLayer, RootParameters
 from diffpeft.noise import NoisePass
 from diffpeft.output import OutputLayer
@@ -172,6 +173,9 @@ class Injection(BaseTuner):
         self._check_coverage(adapter_name, config)
         self._check_base(adapter_name, config)
         self._note_sharing()
+        size = sum(shape.numel() for layer in self.all_layers() for shape in layer.shapes.values())
+        for layer in self.all_layers():
+            layer.fused = size >= WORTH_FUSING
         if config.heads_checksum is not None or config.diff_checksum is not None:
             FileCheck(config, adapter_name).watch(model)
         if state_dict is not None:

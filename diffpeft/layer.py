@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,7 +17,9 @@ from diffpeft import gates
 from diffpeft.adapter import VALUES, AdapterTensors
 from diffpeft.diff import add_, restore_, sparse_parameter
 from diffpeft.mixed import MixedBatch
-from diffpeft.noise import NoisePass, remove_hooks, uniform
+from diffpeft.noise import NoisePass, remove_hooks
+from diffpeft.patched import Diff, Patch, can_be_patched, patched_embedding, patched_linear
+from diffpeft.sampled import Sample, sampled_embedding, sampled_linear, sampled_parameter
 from diffpeft.sharding import check_whole
 
 
@@ -48,6 +51,8 @@ class DiffPruningLayer(AdapterTensors):
     ) -> None:
         super().__init__(base_layer, key, ties)
         self.noise = NoisePass() if noise is None else noise
+        self.fused = False
+        """Whether the gates' elementwise chains are compiled."""
         self.mixed: MixedBatch | None = None
         """Which rows of the batch belong to which adapter, while they differ."""
         self.shared_with: dict[str, list[str]] = {}
@@ -84,18 +89,21 @@ class DiffPruningLayer(AdapterTensors):
         w = self._tensor("diffpruning_w", adapter_name, name)
         if name not in self.diffpruning_log_alpha[adapter_name]:
             return (parameter + w).to(parameter.dtype)
-        log_alpha = self._tensor("diffpruning_log_alpha", adapter_name, name)
-        group_log_alpha = self.diffpruning_group_log_alpha[adapter_name].get(name, None)
-        noise, group_noise = self._noise(adapter_name, name) if self.training else (None, None)
-        stretch = self.configs[adapter_name].stretch
-        return gates.gated_parameter(parameter, w, log_alpha, group_log_alpha, stretch, noise, group_noise)
+        if self.training:
+            return sampled_parameter(parameter, *self._gates_of(adapter_name, name), self._sample(adapter_name, name))
+        return gates.gated_parameter(
+            parameter, *self._gates_of(adapter_name, name), self.configs[adapter_name].stretch
+        )
 
-    def _noise(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor]:
-        """Noise of a parameter's element gates, in its shape, and of its group gate, shape (1,)."""
-        shape = self.shapes[name]
+    def _gates_of(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """w, locations of the element gates, and location of the group gate if there is one."""
+        w, log_alpha = (self._tensor(f"diffpruning_{kind}", adapter_name, name) for kind in ("w", "log_alpha"))
+        return w, log_alpha, self.diffpruning_group_log_alpha[adapter_name].get(name, None)
+
+    def _sample(self, adapter_name: str, name: str) -> Sample:
+        """How a parameter's gates are sampled in this pass."""
         seed = self.noise.seed((self.key, adapter_name, name))
-        noise = uniform(seed, shape.numel() + 1, self._tensor("diffpruning_log_alpha", adapter_name, name).device)
-        return noise[:-1].view(shape), noise[-1:]
+        return Sample(seed, self.configs[adapter_name].stretch, self.fused, self.noise.scratch)
 
     def changes(self, adapter_name: str, name: str) -> bool:
         """Whether the adapter has a diff for parameter `name`, tied or not."""
@@ -154,6 +162,10 @@ class DiffPruningLayer(AdapterTensors):
         return self._forward(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.active_adapters and not (self.disable_adapters or self.merged or torch.compiler.is_compiling()):
+            output = self._forward_lean(*args, **kwargs)
+            if output is not None:
+                return output
         changed = {}
         for name, parameter in self.base_layer.named_parameters(recurse=False):
             if parameter.is_floating_point():
@@ -170,6 +182,76 @@ class DiffPruningLayer(AdapterTensors):
             finally:
                 self._running = {}
         return self._add_to_quantized(output, *args) if self.quantized else output
+
+    def _forward_lean(self, *args: Any, **kwargs: Any) -> Any:
+        """The output without a copy of the weight, or None where that is not possible: then the effective parameters are made.
+
+        A module that has no children reads its parameters only while it runs, so that finished diffs can be patched in.
+        """
+        module = self.base_layer
+        if module._modules or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+            return None
+        if not torch.is_grad_enabled():
+            patches = self._patches()
+            if patches is not None:
+                with ExitStack() as stack:
+                    for patch in patches:
+                        stack.enter_context(patch)
+                    return module(*args, **kwargs)
+        kind = type(module)
+        if kind not in (nn.Linear, nn.Embedding) or len(args) != 1 or kwargs or not _is_plain(module):
+            return None
+        selected = self._selected("weight", self.configs)
+        if len(selected) != 1 or "weight" not in self.shapes:
+            return None
+        return self._linear(selected[0], *args) if kind is nn.Linear else self._embedding(selected[0], *args)
+
+    def _patches(self) -> list[Patch] | None:
+        """What to have in the module's parameters while it runs; None if that is not all of it."""
+        patches = []
+        for name, parameter in self.base_layer._parameters.items():
+            for adapter_name in self._selected(name, self.configs):
+                finished = adapter_name in self.diffpruning_values and name in self.shapes
+                if not finished or parameter is None or not can_be_patched(parameter):
+                    return None
+                patches.append(Patch(parameter, *self._diff(adapter_name, name)))
+        return patches
+
+    def _diff(self, adapter_name: str, name: str) -> Diff:
+        return Diff(self.kept_values(adapter_name, name), self.positions(adapter_name, name))
+
+    def _linear(self, adapter_name: str, x: Tensor) -> Tensor | None:
+        module: Any = self.base_layer
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        if x.dtype != module.weight.dtype and not autocast:
+            return None  # nn.Linear says what is wrong
+        if adapter_name in self.diffpruning_values:
+            if not can_be_patched(module.weight):
+                return None
+            diff, pattern = self._diff(adapter_name, "weight"), self.pattern(adapter_name, "weight", x)
+            return patched_linear(x, self._read("bias"), module.weight, diff, pattern)
+        if not self._samples(adapter_name, "weight"):
+            return None
+        sample = self._sample(adapter_name, "weight")  # before the bias's
+        tensors = module.weight, *self._gates_of(adapter_name, "weight")
+        return sampled_linear(x, self._read("bias"), *tensors, sample)
+
+    def _embedding(self, adapter_name: str, ids: Tensor) -> Tensor | None:
+        module: Any = self.base_layer
+        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            return None
+        if adapter_name in self.diffpruning_values:
+            if not can_be_patched(module.weight):
+                return None
+            return patched_embedding(ids, module.padding_idx, module.weight, self._diff(adapter_name, "weight"))
+        if not self._samples(adapter_name, "weight"):
+            return None
+        tensors = module.weight, *self._gates_of(adapter_name, "weight")
+        return sampled_embedding(ids, module.padding_idx, *tensors, self._sample(adapter_name, "weight"))
+
+    def _samples(self, adapter_name: str, name: str) -> bool:
+        """Whether the parameter's gates are sampled in this pass."""
+        return self.training and adapter_name in self.diffpruning_w and name in self.diffpruning_log_alpha[adapter_name]
 
     def _forward_offloaded(self, *args: Any, **kwargs: Any) -> Any:
         """The module's parameters are elsewhere until it runs: bring them first, and keep its hook, which would bring
@@ -304,6 +386,12 @@ class DiffPruningLayer(AdapterTensors):
         with torch.no_grad():
             self._revert(undone)
         self.merged_adapters[keep:] = []
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether running the module is its class's forward and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in module.__dict__
 
 
 class RootParameters(DiffPruningLayer):

@@ -98,12 +98,21 @@ class DiffPruningModel(Serving):
         name = self._name(adapter_name)
         return self.peft_config[name].gated and self.phase(name) == GATING
 
-    def _groups(self, adapter_name: str) -> list[gate_update.Group]:
-        groups = []
-        for layer in self._layers(adapter_name):
-            for elements, whole in layer.gates(adapter_name).values():
-                groups.append(gate_update.Group(_with_gradient(elements), whole and _with_gradient(whole)))
-        return groups
+    def _groups(self, adapter_name: str, with_gradient: bool = True) -> list[gate_update.Group]:
+        """All gates; without gradients the locations stand in their place."""
+
+        def gates_of(tensors: GateTensors) -> gate_update.Gates:
+            log_alpha, exp_avg, exp_avg_sq = tensors
+            grad = log_alpha.grad if with_gradient else log_alpha.detach()
+            return gate_update.Gates(
+                log_alpha.detach(), torch.zeros_like(log_alpha) if grad is None else grad, exp_avg, exp_avg_sq
+            )
+
+        pairs = [pair for layer in self._layers(adapter_name) for pair in layer.gates(adapter_name).values()]
+        return [gate_update.Group(gates_of(elements), whole and gates_of(whole)) for elements, whole in pairs]
+
+    def _is_fused(self, adapter_name: str) -> bool:
+        return any(layer.fused for layer in self._layers(adapter_name))
 
     def l0_penalty(self, adapter_name: str | None = None) -> Tensor:
         """The expected number of nonzeros, before lambda; a differentiable scalar (arXiv 2012.07463, equations 4, 6).
@@ -145,7 +154,25 @@ class DiffPruningModel(Serving):
         name = self._name(adapter_name)
         if not self.is_gated(name):
             return float(self._count(name))
-        return gate_update.expected_nonzeros(self._groups(name), self.peft_config[name].stretch)
+        groups = self._groups(name, with_gradient=False)
+        return gate_update.expected_nonzeros(groups, self.peft_config[name].stretch, self._open_elements(name))
+
+    def _locations(self, adapter_name: str) -> list[tuple[int, int]]:
+        """What changes when the gates do."""
+        pairs = [pair for layer in self._layers(adapter_name) for pair in layer.gates(adapter_name).values()]
+        return [(elements.log_alpha._version, elements.log_alpha.data_ptr()) for elements, _ in pairs]
+
+    def _open_elements(self, adapter_name: str) -> Tensor:
+        """Sum of P(element open) of each group: counted once for as long as no gate moves."""
+        locations, elements = self.__dict__.get("_opened", (None, None))
+        if elements is None or locations != self._locations(adapter_name):
+            groups = self._groups(adapter_name, with_gradient=False)
+            elements = gate_update.open_elements(
+                groups, self.peft_config[adapter_name].stretch, self._is_fused(adapter_name)
+            )
+            self.__dict__["_opened"] = self._locations(adapter_name), elements
+        found: Tensor = elements
+        return found
 
     def expected_density(self, adapter_name: str | None = None) -> float:
         """Expected nonzeros as a share of all base parameters, adapted or not."""
@@ -197,20 +224,24 @@ class DiffPruningModel(Serving):
             return 0.0
         groups = self._groups(name)
         check_whole((group.elements.log_alpha for group in groups), "gate_step")
-        l0_lambda = math.nan
+        l0_lambda, fused = math.nan, self._is_fused(name)
         if bool(torch.isfinite(torch.stack([group.elements.grad.sum() for group in groups]).sum())):
             if config.l0_lambda == "auto":
-                total, expected = self.num_base_parameters(), self.expected_nonzeros(name)
+                total, elements = self.num_base_parameters(), self._open_elements(name)
+                expected = gate_update.expected_nonzeros(groups, config.stretch, elements)
                 start = self._count(name) * float(
                     torch.sigmoid(gates.open_logit(torch.tensor(config.init_log_alpha), config.stretch))
                 )
                 target = config.target_density * total
                 wanted = gate_update.density_schedule(step, gating_steps, start, min(start, target))
                 pace = gate_update.automatic_pace(step, gating_steps, config.gate_learning_rate)
-                l0_lambda = gate_update.automatic_step(groups, step, pace, config.stretch, expected, wanted)
+                l0_lambda = gate_update.automatic_step(
+                    groups, step, pace, config.stretch, expected, wanted, elements, fused
+                )
             else:
                 pace, l0_lambda = config.gate_learning_rate or gate_update.PAPER_PACE, float(config.l0_lambda)
-                gate_update.fixed_lambda_step(groups, l0_lambda, step, pace, config.stretch, config.group_penalty)
+                form = config.group_penalty
+                gate_update.fixed_lambda_step(groups, l0_lambda, step, pace, config.stretch, form, fused=fused)
         for layer in self._layers(name):
             for gate in (gate for pair in layer.gates(name).values() for gate in pair if gate is not None):
                 gate.log_alpha.grad = None
@@ -280,6 +311,7 @@ class DiffPruningModel(Serving):
         config.nnz_pattern = {key: count for key, (count, _) in per_parameter.items() if count}
         for layer in old:
             layer.configs[name] = config
+            layer.noise.scratch.clear()
         if optimizer is not None:
             replace_parameters(optimizer, replacement)
         return pruning.PruningSummary(k, total, threshold.value, per_parameter)
@@ -425,12 +457,6 @@ class DiffPruningModel(Serving):
         keys = sorted({layer.module_key for name in adapters for layer in self._layers(name)})
         anywhere = any(target["target_modules"] is None for target in targets)
         return {**dict.fromkeys(fields), "target_modules": None if anywhere else keys}
-
-
-def _with_gradient(tensors: GateTensors) -> gate_update.Gates:
-    log_alpha, exp_avg, exp_avg_sq = tensors
-    grad = torch.zeros_like(log_alpha) if log_alpha.grad is None else log_alpha.grad
-    return gate_update.Gates(log_alpha.detach(), grad, exp_avg, exp_avg_sq)
 
 
 def _score(layer: DiffPruningLayer, adapter_name: str, parameter: str) -> pruning.Scores:

@@ -222,7 +222,21 @@ def test_automatic_step_pulls_no_gate_while_the_density_is_below_what_is_wanted(
     gradients = torch.cat([gates.grad.reshape(-1) for gates in all_gates(groups)])
     expected = gate_update.expected_nonzeros(groups, STRETCH)
     assert gate_update.automatic_step(groups, 0, 0.1, STRETCH, expected, 2 * expected) == 0.0
-    torch.testing.assert_close(locations(groups), before - 0.1 * gradients.sign(), rtol=0, atol=1e-5)
+    # Those that the task wants open go on; those that it wants shut would only lead further away.
+    torch.testing.assert_close(locations(groups), before + 0.1 * (gradients < 0), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("structured", [True, False])
+def test_automatic_step_slows_down_gates_that_close_by_themselves_too_fast(structured):
+    groups = make_groups([(40, 50), (300,)], structured, mean=1.0)
+    set_random_gradients(groups, 1e-3, seed=1)
+    for group in groups:
+        group.elements.grad.abs_()
+        if structured:
+            group.whole.log_alpha.fill_(20.0)
+    expected = gate_update.expected_nonzeros(groups, STRETCH)
+    assert gate_update.automatic_step(groups, 0, 3.0, STRETCH, expected, 0.9 * expected) == 0.0
+    assert gate_update.expected_nonzeros(groups, STRETCH) == pytest.approx(0.9 * expected, rel=0.02)
 
 
 @given(st.integers(0, 1000), st.floats(1e-3, 10), st.floats(0.01, 1.5), st.floats(1e-9, 1e3))

@@ -23,6 +23,12 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * (1 - 2e-4) + 1e-4
 
 
+def stream(count: int, device: str) -> Tensor:
+    """Noise as the layers use it."""
+    seed = noise_module.parts(noise_module.new_seed(), torch.device(device))
+    return noise_module.uniform(seed, torch.arange(count, dtype=torch.int32, device=device))
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -62,7 +68,7 @@ def test_open_probability_is_the_share_of_gates_that_noise_leaves_open(device, l
     torch.manual_seed(1)
     samples = torch.full((100_000,), log_alpha, device=device)
     share = (
-        (gates.gate(samples, noise_module.uniform(noise_module.new_seed(), samples.numel(), device), stretch) > 0)
+        (gates.gate(samples, stream(samples.numel(), device), stretch) > 0)
         .double()
         .mean()
         .item()
@@ -168,7 +174,7 @@ def default_dtype(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("default_dtype")
 def test_torchs_default_dtype_does_not_matter(device):
     w, log_alpha, upstream, base = (normal(50, seed=seed).to(device, torch.float32) for seed in range(4))
-    noise = noise_module.uniform(noise_module.new_seed(), log_alpha.numel(), device)
+    noise = stream(log_alpha.numel(), device)
     assert noise.dtype == torch.float32
     settings = upstream, base, (-1.5, 1.5), noise, None
     actual = result_and_gradients(gates.gated_parameter, [w, log_alpha, None], *settings)

@@ -11,11 +11,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diffpeft import DiffPruningConfig
-from diffpeft.noise import NOISE_MARGIN, NoisePass, new_seed, uniform
+from diffpeft.noise import NOISE_MARGIN, NoisePass, new_seed, parts, uniform, uniform_at
+
+
+def draw(count: int, device: str, seed: torch.Tensor | None = None) -> torch.Tensor:
+    seed = new_seed() if seed is None else seed
+    return uniform(parts(seed, torch.device(device)), torch.arange(count, dtype=torch.int32, device=device))
 
 
 def test_noise_lies_within_its_margin_and_is_uniform(device):
-    noise = uniform(new_seed(), 100_000, device)
+    noise = draw(100_000, device)
     assert noise.dtype == torch.float32
     assert noise.device.type == device
     assert float(noise.min()) >= NOISE_MARGIN * 0.999
@@ -24,18 +29,40 @@ def test_noise_lies_within_its_margin_and_is_uniform(device):
     torch.testing.assert_close(shares, torch.full_like(shares, 0.1), rtol=0, atol=5e-3)
 
 
+@pytest.mark.parametrize("apart", ["places", "seeds", "low parts", "high parts"])
+def test_noise_at_neighbouring_places_and_seeds_is_independent(apart):
+    seed, count = new_seed(), 1 << 18
+    if apart == "places":
+        first, second = draw(count + 1, "cpu", seed).unfold(0, count, 1)
+    else:
+        step = {"seeds": 7919, "low parts": 1, "high parts": 1 << 32}[apart]
+        first, second = draw(count, "cpu", seed), draw(count, "cpu", seed + step)
+    ranks = [torch.bucketize(noise, torch.linspace(0, 1, 9)[1:-1]) for noise in (first, second)]
+    pairs = torch.bincount(8 * ranks[0] + ranks[1], minlength=64).double()
+    expected = count / 64
+    assert float(((pairs - expected) ** 2 / expected).sum()) < 63 + 5 * (2 * 63) ** 0.5  # chi-squared, five deviations
+
+
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_noise_has_as_many_numbers_as_asked_for(device, count):
-    assert uniform(new_seed(), count, device).shape == (count,)
+    assert draw(count, device).shape == (count,)
 
 
 def test_noise_follows_from_its_seed_and_that_from_torchs_generator(device):
     torch.manual_seed(3)
     first, second = new_seed(), new_seed()
     torch.manual_seed(3)
-    assert new_seed() == first
-    assert torch.equal(uniform(first, 50, device), uniform(first.clone(), 50, device))
-    assert not torch.isclose(uniform(first, 50, device), uniform(second, 50, device)).any()
+    assert torch.equal(new_seed(), first)
+    assert torch.equal(draw(50, device, first), draw(50, device, first.clone()))
+    assert torch.equal(draw(50, device, first).cpu(), draw(50, "cpu", first)), "the device does not matter"
+    assert not torch.isclose(draw(50, device, first), draw(50, device, second)).any()
+
+
+@pytest.mark.parametrize("seed", [0, 1, (1 << 61) - 1, 1 << 31, (1 << 32) + 5])
+def test_one_number_is_that_of_many(seed):
+    seed = torch.tensor([seed, 3 * seed])
+    alone = torch.stack([uniform_at(seed, place) for place in range(100)])
+    assert torch.equal(alone, draw(100, "cpu", seed))
 
 
 def test_seeds_go_on_from_a_restored_generator():
@@ -43,12 +70,7 @@ def test_seeds_go_on_from_a_restored_generator():
     state = torch.get_rng_state()
     expected = new_seed()
     torch.set_rng_state(state)
-    assert new_seed() == expected
-
-
-def test_the_operator_for_compilers_gives_the_same_noise(device):
-    seed = new_seed()
-    assert torch.equal(torch.ops.diffpeft.uniform(seed, 9, torch.device(device)), uniform(seed, 9, device))
+    assert torch.equal(new_seed(), expected)
 
 
 class Twice(nn.Module):

@@ -12,8 +12,9 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffpeft import DiffPruningConfig, DiffPruningLayer, gates, pruning
+from diffpeft import DiffPruningConfig, DiffPruningLayer, gates, kernels, pruning, sampled
 from diffpeft.gate_update import Gates, Group, fixed_lambda_step, penalty_gradient
+from diffpeft.noise import NoisePass
 
 DIRECTORY = Path(__file__).parent / "reference"
 TENSORS = load_file(DIRECTORY / "official_gates.safetensors")
@@ -98,7 +99,14 @@ def adapted(step: int, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
                 leaf.copy_(pretrained + recorded(step, kind, name))
             if name in GATED:
                 noise[name] = recorded(step, "u", name), recorded(step, "group_u", name)
-    monkeypatch.setattr(DiffPruningLayer, "_noise", lambda self, _, name: noise[self.parameter_key(name)])
+    keys = sorted(noise)
+
+    def seed_of(self: NoisePass, key: tuple[str, str, str]) -> Tensor:
+        return torch.tensor([keys.index(f"{key[0]}.{key[2]}"), 0])
+
+    monkeypatch.setattr(NoisePass, "seed", seed_of)
+    monkeypatch.setattr(kernels, "uniform", lambda seed, places: noise[keys[seed[0]]][0].reshape(-1)[places])
+    monkeypatch.setattr(sampled, "uniform_at", lambda seed, place: noise[keys[seed[0]]][1].reshape(()))
     return model.train()
 
 

@@ -1,0 +1,32 @@
+"""Memory that is used again and again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """Memory on a CPU for what lives as long as one module runs, used again for the next: fresh pages cost more than the
+    arithmetic that fills them. A GPU's allocator keeps its own."""
+
+    _buffers: dict[tuple[str, torch.dtype], Tensor] | None = None
+
+    def take(self, use: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor, valid until memory for the same use is taken again."""
+        if device.type != "cpu" or torch.compiler.is_compiling():
+            return torch.empty(shape, dtype=dtype, device=device)
+        self._buffers = {} if self._buffers is None else self._buffers
+        buffer = self._buffers.get((use, dtype))
+        if buffer is None or buffer.numel() < shape.numel():
+            buffer = self._buffers[use, dtype] = torch.empty(shape.numel(), dtype=dtype)
+        return buffer[: shape.numel()].view(shape)
+
+    def clear(self) -> None:
+        """Let go of the memory."""
+        self._buffers = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a copy begins with none
