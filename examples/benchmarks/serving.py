@@ -87,9 +87,14 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
 
 
+def rounding(output: Tensor) -> float:
+    """The distance up to which outputs of the dtype count as the same: half of its digits."""
+    return float(torch.finfo(output.dtype).eps ** 0.5)
+
+
 def check(found: Tensor, expected: Tensor, what: str, exactly: bool = False) -> None:
     """Leave with an error unless the outputs are the same, to the bit or to rounding."""
-    if not torch.equal(found, expected) if exactly else distance(found, expected) > torch.finfo(found.dtype).eps ** 0.5:
+    if not torch.equal(found, expected) if exactly else distance(found, expected) > rounding(found):
         raise SystemExit(f"wrong output, off by {distance(found, expected):.1e}: {what}")
 
 
@@ -138,7 +143,7 @@ def inference(size: str, options: argparse.Namespace) -> Rows:
         for method in METHODS:
             own, merged = (run(models[f"{method}, {kind}"], batch) for kind in ("unmerged", "merged"))
             check(merged, own, f"{method}, merged", exactly=method == "diff_pruning")
-            if distance(own, plain) < 0.01:
+            if distance(own, plain) < rounding(own):
                 raise SystemExit(f"{method}: the adapter does next to nothing, so that nothing is checked")
         actions = {name: quietly(run, model, batch) for name, model in models.items()}
         rows += rows_of(size, f"inference, batch {batch_size}", actions, "base", options)
@@ -173,7 +178,7 @@ def mixing(size: str, options: argparse.Namespace) -> Rows:
         for number, name in enumerate(TASKS):
             model.set_adapter(name)
             check(mixed[number :: len(TASKS)], run(model, parts[name]), f"{method}, rows of {name}")
-            if distance(run(model, parts[TASKS[0]]), mixed[:: len(TASKS)]) < 0.01 and number:
+            if number and distance(run(model, parts[TASKS[0]]), mixed[:: len(TASKS)]) < rounding(mixed):
                 raise SystemExit(f"{method}: the adapters do the same, so that nothing is checked")
         actions[f"{method}, mixed"] = quietly(partial(run, adapter_names=names), model, batch)
         actions[f"{method}, one by one"] = quietly(_apart, model, parts, options.device)
