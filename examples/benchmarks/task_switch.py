@@ -13,7 +13,7 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -41,16 +41,16 @@ def make_large(dtype: torch.dtype) -> PreTrainedModel:
 MODELS: dict[str, Callable[[torch.dtype], PreTrainedModel]] = {"minilm": load_minilm, "bert-large": make_large}
 
 
-def two_tasks(base: PreTrainedModel, method: str) -> PeftModel:
-    """A model with two finished adapters of random values, "first" and "second"."""
+def with_tasks(base: PreTrainedModel, method: str, names: Sequence[str], rank: int = 8) -> PeftModel:
+    """A model with finished adapters of random values, one for each name; the first one is active."""
     if method == "lora":
-        settings = {"r": 8, "target_modules": r"encoder\..*\.(query|key|value|dense)", "init_lora_weights": False}
+        settings = {"r": rank, "target_modules": r"encoder\..*\.(query|key|value|dense)", "init_lora_weights": False}
         config = LoraConfig(**settings)
     else:
         config = DiffPruningConfig(target_density=DENSITY, gated=False, init_weights=False)
-    model = get_peft_model(base, config, adapter_name="first")
-    for name in ("first", "second"):
-        if name == "second":
+    model = get_peft_model(base, config, adapter_name=names[0])
+    for name in names:
+        if name != names[0]:
             model.add_adapter(name, config)
         if method == "diff_pruning":
             model.base_model.magnitude_prune(adapter_name=name)
@@ -77,7 +77,7 @@ def measure(name: str, dtype: torch.dtype, repeats: int) -> list[dict[str, objec
     models, seconds, plain = {}, {"lora": [], "diff_pruning": []}, {}
     for method in seconds:
         torch.manual_seed(0)
-        models[method] = two_tasks(MODELS[name](dtype), method)
+        models[method] = with_tasks(MODELS[name](dtype), method, ("first", "second"))
         plain[method] = base_weights(models[method])
         models[method].merge_adapter()
         switch(models[method], "second")

@@ -1,0 +1,143 @@
+"""Memory of a training step: gating, full fine-tuning, fixmask, LoRA, SHiRA, Super-Tuning.
+
+    python examples/benchmarks/memory.py --json memory.json                            # the sizes of MiniLM and BERT-large
+    python examples/benchmarks/memory.py --sizes --json memory_sizes.json              # six sizes, for scaling.py
+    python examples/benchmarks/memory.py --model base --densities 0.001 0.005 0.01 0.05 \
+        --methods lora fixmask-linear fixmask --json memory_densities.json             # four densities, for scaling.py
+    python examples/benchmarks/memory.py --device cuda --autocast --batch_size 32
+
+Methods and steps are those of step_cost.py. Each method runs in a fresh process, one for what PyTorch's allocator says (the
+same in every run, exact) and on a CPU another one for what the system says (above the level before the model is
+built).
+
+- state: base, adapter and optimizer between two steps; also in bytes a parameter of the model;
+- for backward: what the forward pass leaves behind for it;
+- peak: the most at any time of a step, the state included.
+"""
+
+import argparse
+import json
+import warnings
+from typing import Any
+
+import torch
+from measuring import (
+    Training,
+    add_options,
+    add_training_options,
+    allocations,
+    begin,
+    count_parameters,
+    forget_peak,
+    in_fresh_process,
+    resident,
+    show,
+    table,
+)
+
+STEPS = 3
+MB = "{:,.1f}"
+COLUMNS = {
+    "model": ("model", "{}"),
+    "parameters": ("parameters", "{:,}"),
+    "density": ("density", "{:.1%}"),
+    "method": ("method", "{}"),
+    "trainable": ("trainable", "{:,}"),
+    "state_mb": ("state, MB", MB),
+    "state_bytes_per_parameter": ("bytes a parameter", "{:.2f}"),
+    "backward_mb": ("for backward, MB", MB),
+    "peak_mb": ("peak, MB", MB),
+    "ratio": ("ratio", "{:.2f}x"),
+    "beside": ("to", "{}"),
+    "resident_mb": ("peak of the process, MB", MB),
+}
+
+
+def tensors(size: str, method: str, density: float, options: argparse.Namespace) -> dict[str, Any]:
+    """In bytes, by the allocator: state, what is kept for backward, peak."""
+    with allocations(options.device) as state:
+        training = Training(size, method, density, options, STEPS)
+        training.step()
+    with allocations(options.device) as forward:
+        loss = training.forward()
+    with allocations(options.device):
+        del loss
+    with allocations(options.device) as step:
+        training.step()
+    return {
+        "trainable": training.trainable,
+        "state": state.left,
+        "backward": forward.left,
+        "peak": state.left + step.peak,
+    }
+
+
+def process(size: str, method: str, density: float, options: argparse.Namespace) -> dict[str, Any]:
+    """In bytes, by the system: the peak of the steps above the level before the model is built."""
+    Training("tiny", method, density, options, STEPS).step()  # imports what is imported late
+    forget_peak()
+    level = resident()
+    training = Training(size, method, density, options, STEPS)
+    forget_peak()
+    for _ in range(STEPS):
+        training.step()
+    return {"resident": resident("VmHWM") - level}
+
+
+def row(size: str, method: str, density: float | None, found: dict[str, Any]) -> dict[str, Any]:
+    """Of the table, from what was counted."""
+    parameters = count_parameters(size)
+    megabytes = {f"{key}_mb": found[key] / 1e6 for key in ("state", "backward", "peak", "resident") if key in found}
+    return {
+        "model": size,
+        "parameters": parameters,
+        "density": density,
+        "method": method,
+        "trainable": found["trainable"],
+        **megabytes,
+        "state_bytes_per_parameter": found["state"] / parameters,
+    }
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """Add what share of the peak of full fine-tuning gating has, and of LoRA's the others, where these were measured."""
+    peaks = {(row["model"], row["density"], row["method"]): row["peak_mb"] for row in rows}
+    for row in rows:
+        reference = "full" if row["density"] is None else "lora"
+        peak = peaks.get((row["model"], row["density"], reference))
+        if peak is not None:
+            row.update(ratio=row["peak_mb"] / peak, beside=reference)
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measure what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, ["minilm", "large"])
+    add_training_options(parser)
+    parser.add_argument("--run", choices=("tensors", "process"), help=argparse.SUPPRESS)
+    options = parser.parse_args(words)
+    begin(options)
+    if options.run:
+        count = {"tensors": tensors, "process": process}[options.run]
+        print(json.dumps(count(options.model[0], options.methods[0], options.densities[0], options)))
+        return
+    same = ["--device", options.device, "--dtype", options.dtype, "--threads", str(options.threads)]
+    same += ["--batch_size", str(options.batch_size), "--length", str(options.length)]
+    same += ["--autocast"] if options.autocast else []
+    counts = ["tensors"] if torch.device(options.device).type == "cuda" else ["tensors", "process"]
+    rows = []
+    for size in options.model:
+        for method in options.methods:
+            for density in [None] if method in ("full", "gating") else options.densities:
+                case = ["--model", size, "--methods", method, "--densities", str(density or 0.005)]
+                found: dict[str, Any] = {}
+                for count in counts:
+                    found |= in_fresh_process(__file__, *same, *case, "--run", count)
+                rows.append(row(size, method, density, found))
+    compare(rows)
+    show(options, rows, table(rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()

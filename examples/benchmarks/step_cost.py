@@ -1,0 +1,91 @@
+"""What a training step costs: gating beside full fine-tuning, fixmask beside LoRA, SHiRA and Super-Tuning.
+
+    python examples/benchmarks/step_cost.py --json step_cost.json                      # the sizes of MiniLM and BERT-large
+    python examples/benchmarks/step_cost.py --sizes --json sizes.json                  # six sizes, for scaling.py
+    python examples/benchmarks/step_cost.py --model base --densities 0.001 0.005 0.01 0.05 \
+        --methods lora fixmask-linear fixmask --json densities.json                    # four densities, for scaling.py
+    python examples/benchmarks/step_cost.py --device cuda --autocast --batch_size 32
+
+A step is forward, backward, clipping, what DiffPruningCallback does, fused AdamW and zero_grad, with dropout. Gating is measured
+from 60% of the phase on, where the gates move. The methods of a group are timed in turn, in one process; the median counts.
+Full fine-tuning and gating are one group. LoRA, SHiRA, Super-Tuning and `fixmask-linear` are the other: the encoder's linear
+layers, as many trainable parameters as LoRA has at the rank that comes nearest to the density; and `fixmask`, with this
+density of all parameters. With `--dtype bfloat16` full fine-tuning trains bfloat16 weights.
+"""
+
+import argparse
+import gc
+import statistics
+import warnings
+from typing import Any
+
+from measuring import (
+    Training,
+    add_options,
+    add_repeats,
+    add_training_options,
+    begin,
+    count_parameters,
+    interleaved,
+    show,
+    table,
+)
+
+ALONE, BESIDE_LORA = ("full", "gating"), ("lora", "shira", "supertuning", "fixmask-linear", "fixmask")
+COLUMNS = {
+    "model": ("model", "{}"),
+    "parameters": ("parameters", "{:,}"),
+    "density": ("density", "{:.1%}"),
+    "method": ("method", "{}"),
+    "trainable": ("trainable", "{:,}"),
+    "step_ms": ("one step, ms", "{:.1f}"),
+    "ratio": ("ratio", "{:.2f}x"),
+    "beside": ("to", "{}"),
+}
+
+
+def measure(size: str, methods: list[str], density: float | None, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each method of a group; the first one is what the others are compared with."""
+    steps = options.warmup + options.repeats
+    trainings = {method: Training(size, method, density or 0.0, options, steps) for method in methods}
+    actions = {method: training.step for method, training in trainings.items()}
+    seconds = interleaved(actions, options.repeats, options.warmup, options.device)
+    medians = {method: statistics.median(seconds[method]) for method in methods}
+    return [
+        {
+            "model": size,
+            "parameters": count_parameters(size),
+            "density": density,
+            "method": method,
+            "trainable": trainings[method].trainable,
+            "step_ms": 1e3 * medians[method],
+            "ratio": medians[method] / medians[methods[0]],
+            "beside": methods[0],
+            "seconds": seconds[method],
+        }
+        for method in methods
+    ]
+
+
+def main(words: list[str] | None = None) -> None:
+    """Measure what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, ["minilm", "large"])
+    add_training_options(parser)
+    add_repeats(parser)
+    options = parser.parse_args(words)
+    begin(options)
+    rows = []
+    for size in options.model:
+        groups = [(ALONE, None), *((BESIDE_LORA, density) for density in options.densities)]
+        for group, density in groups:
+            methods = [method for method in group if method in options.methods]
+            if methods:
+                rows += measure(size, methods, density, options)
+                gc.collect()
+    show(options, rows, table(rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()

@@ -1,0 +1,92 @@
+"""The benchmarks of time and memory run, on a tiny model; what can be told beforehand of what they find."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+
+import measuring
+import memory
+import pruning
+import scaling
+import serving
+import step_cost
+import torch
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TIMES = ["--repeats", "1", "--warmup", "0"]
+SHORT = ["--model", "tiny", "--batch_size", "2", "--length", "8"]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """A few thousand parameters, on as many threads as before."""
+    monkeypatch.setitem(measuring.SHAPES, "tiny", (2, 16, 2))
+    monkeypatch.setattr(measuring, "VOCABULARY", 100)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def options(script, monkeypatch, *words):
+    """As the script's main has them."""
+    kept = []
+    monkeypatch.setattr(script, "begin", lambda found: kept.append(found) or exit())
+    with pytest.raises(SystemExit):
+        script.main(list(words))
+    return kept[0]
+
+
+def test_step_cost_and_its_picture(tmp_path):
+    step_cost.main([*SHORT, *TIMES, "--densities", "0.01", "0.1", "--json", str(tmp_path / "step.json")])
+    rows = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["full", "gating"] + 2 * list(step_cost.BESIDE_LORA)
+    trainable = {(row["density"], row["method"]): row["trainable"] for row in rows}
+    for density in (0.01, 0.1):  # as many parameters, but for what each layer rounds
+        assert trainable[density, "shira"] == trainable[density, "lora"]
+        assert trainable[density, "fixmask-linear"] == pytest.approx(trainable[density, "lora"], abs=1)
+        assert trainable[density, "supertuning"] == pytest.approx(trainable[density, "lora"], abs=12)
+    words = ["--step", str(tmp_path / "step.json"), "--step_densities", str(tmp_path / "step.json")]
+    scaling.main([*words, "--output", str(tmp_path / "scaling.png")])
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_memory_of_full_fine_tuning(monkeypatch):
+    found = memory.tensors("tiny", "full", 0.0, options(memory, monkeypatch, *SHORT))
+    parameters = measuring.count_parameters("tiny")
+    assert found["trainable"] == parameters
+    # Weights and two moments; batches, counters and the position buffers beside them.
+    assert 12 * parameters < found["state"] < 12 * parameters + 40_000
+    assert found["peak"] > found["state"] + 4 * parameters
+    assert found["backward"] > 0
+
+
+def test_memory_is_that_of_the_tensors():
+    with measuring.allocations("cpu") as found:
+        kept = torch.zeros(1000)
+        torch.zeros(500).exp()
+    assert kept.nbytes <= found.left < kept.nbytes + 200
+    assert 8000 <= found.peak < 8500
+
+
+def test_serving(tmp_path, monkeypatch):
+    serving.main(["--model", "tiny", "--batch_sizes", "2", "--length", "8", *TIMES, "--json", str(tmp_path / "a.json")])
+    assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 5 + 2 + 6 + 8
+
+
+def test_serving_refuses_wrong_outputs():
+    right = torch.ones(4)
+    serving.check(right * (1 + 1e-6), right, "rounded")
+    for wrong, exactly in ((right * 1.01, False), (right * (1 + 1e-6), True)):
+        with pytest.raises(SystemExit, match="wrong output"):
+            serving.check(wrong, right, "changed", exactly)
+
+
+def test_pruning(monkeypatch):
+    found = options(pruning, monkeypatch, "--model", "tiny", *TIMES)
+    sizes = {**pruning.timed("tiny", found), **pruning.tensors("tiny", found)}
+    assert pruning.row("tiny", sizes)["tensors_mb"] > 0
