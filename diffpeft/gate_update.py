@@ -111,7 +111,8 @@ def expected_nonzeros(groups: Sequence[Group], stretch: Stretch, elements: Tenso
     if not groups:
         return 0.0
     elements = open_elements(groups, stretch) if elements is None else elements
-    return float((elements * _open_wholes(groups, stretch)).sum())
+    # Gates that are shut far beyond what is counted still have a chance: nobody needs to divide by nought.
+    return max(float((elements * _open_wholes(groups, stretch)).sum()), 1 / kernels.UNIT)
 
 
 def _open_wholes(groups: Sequence[Group], stretch: Stretch) -> Tensor:

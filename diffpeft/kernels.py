@@ -28,8 +28,8 @@ WORTH_FUSING = 1 << 20
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 _SMALLEST = 1e-30
-UNIT = 1 << 20
-"""Probabilities are added in integer units of 2^-20, so that their sum does not depend on the order."""
+UNIT = 1 << 30
+"""Probabilities are added in integer units of 2^-30, so that their sum does not depend on the order."""
 
 
 def _places(like: Tensor, start: int, rows: Tensor | None) -> Tensor:
@@ -76,7 +76,7 @@ def _gradients(
 
 
 def open_units(log_alpha: Tensor, shift: float) -> Tensor:
-    """P(z > 0) in units of 2^-20, int32."""
+    """P(z > 0) in units of 2^-30, int32."""
     return (torch.sigmoid(log_alpha - shift) * UNIT).to(torch.int32)
 
 
@@ -212,7 +212,7 @@ def gradients(
 
 
 def open_elements(log_alpha: Tensor, stretch: Stretch, fused: bool = False) -> Tensor:
-    """Sum of P(z > 0) over the elements in units of 2^-20, int64, shape (): the same whatever the order."""
+    """Sum of P(z > 0) over the elements in units of 2^-30, int64, shape (): the same whatever the order."""
     total: Tensor = _run(_open_elements, fused, [log_alpha], open_shift(stretch))
     return total
 

@@ -91,9 +91,7 @@ class DiffPruningLayer(AdapterTensors):
             return (parameter + w).to(parameter.dtype)
         if self.training:
             return sampled_parameter(parameter, *self._gates_of(adapter_name, name), self._sample(adapter_name, name))
-        return gates.gated_parameter(
-            parameter, *self._gates_of(adapter_name, name), self.configs[adapter_name].stretch
-        )
+        return gates.gated_parameter(parameter, *self._gates_of(adapter_name, name), self.configs[adapter_name].stretch)
 
     def _gates_of(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """w, locations of the element gates, and location of the group gate if there is one."""

@@ -51,9 +51,7 @@ class _Gates:
             return uniform(self.seed, torch.full((), place, dtype=torch.int32, device=self.seed.device))
         return uniform_at(self.sample.seed, place)
 
-    def effective(
-        self, out: Tensor, base: Tensor, w: Tensor, log_alpha: Tensor, rows: Tensor | None = None
-    ) -> Tensor:
+    def effective(self, out: Tensor, base: Tensor, w: Tensor, log_alpha: Tensor, rows: Tensor | None = None) -> Tensor:
         """The effective parameter, or some rows of it, in `out`."""
         _, stretch, fused, _ = self.sample
         kernels.effective(out, base, w, log_alpha, self.whole, self.seed, stretch, rows, fused)
@@ -68,9 +66,7 @@ class _Gates:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """By w, by the elements' locations and by the group's."""
         _, stretch, fused, _ = self.sample
-        by_w, by_log_alpha, total = kernels.gradients(
-            grad, w, log_alpha, self.whole, self.seed, stretch, rows, fused
-        )
+        by_w, by_log_alpha, total = kernels.gradients(grad, w, log_alpha, self.whole, self.seed, stretch, rows, fused)
         if self.group_s is None:
             return by_w, by_log_alpha, None
         return by_w, by_log_alpha, total * gate_slope(self.group_s, stretch)

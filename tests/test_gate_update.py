@@ -316,6 +316,14 @@ def test_gates_without_any_gradient_close():
     torch.testing.assert_close(locations(groups), before - 0.1)
 
 
+def test_gates_that_are_all_shut_for_good_do_no_harm():
+    groups = make_groups(SHAPES, True, mean=-60.0)
+    expected = gate_update.expected_nonzeros(groups, STRETCH)
+    assert 0 < expected < 1e-6
+    assert gate_update.automatic_step(groups, 0, 0.1, STRETCH, expected, 2.0) == 0.0
+    assert bool(torch.isfinite(locations(groups)).all())
+
+
 def test_a_tensor_without_elements_does_no_harm():
     groups = make_groups([(6, 5), (0,)], True, mean=1.0)
     set_random_gradients(groups, 1e-3, seed=0)

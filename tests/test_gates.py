@@ -67,12 +67,7 @@ def test_far_gates_are_wide_open_or_shut_whatever_the_noise(device):
 def test_open_probability_is_the_share_of_gates_that_noise_leaves_open(device, log_alpha, stretch):
     torch.manual_seed(1)
     samples = torch.full((100_000,), log_alpha, device=device)
-    share = (
-        (gates.gate(samples, stream(samples.numel(), device), stretch) > 0)
-        .double()
-        .mean()
-        .item()
-    )
+    share = (gates.gate(samples, stream(samples.numel(), device), stretch) > 0).double().mean().item()
     probability = gates.open_probability(samples[:1], stretch).item()
     deviation = math.sqrt(probability * (1 - probability) / len(samples))
     assert abs(share - probability) <= 4 * deviation + noise_module.NOISE_MARGIN
