@@ -101,7 +101,7 @@ def _move_together(gates: Sequence[Gates], rule: Tensor) -> None:
     kernels.automatic_(joined[0], joined[1], joined[2], joined[3], rule)
     for column, moved in zip(columns, joined, strict=True):
         if column is not columns[1]:  # the gradients
-            parts = moved.split([tensor.numel() for tensor in column])
+            parts = torch.split(moved, [tensor.numel() for tensor in column])
             torch._foreach_copy_(column, [part.view(tensor.shape) for part, tensor in zip(parts, column, strict=True)])
 
 

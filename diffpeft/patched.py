@@ -24,7 +24,7 @@ def can_be_patched(weight: Tensor) -> bool:
     return (
         weight.is_contiguous()
         and not weight.is_meta
-        and not (weight.is_cpu and weight.is_shared())
+        and not (weight.is_cpu and weight.is_shared())  # type: ignore[no-untyped-call]
         and not (weight.is_inference() and not torch.is_inference_mode_enabled())
     )
 
@@ -99,7 +99,8 @@ def gradient_at(grad: Tensor, x: Tensor, values: Tensor, positions: Tensor, patt
     size = (grad.shape[1], x.shape[1])
     places = torch.sparse_csr_tensor(*pattern, values.detach(), size, check_invariants=False)
     turned = x.t().contiguous().t()  # its rows are read as columns
-    return torch.sparse.sampled_addmm(places, grad.t().contiguous(), turned, beta=0.0).values()
+    product: Tensor = torch.sparse.sampled_addmm(places, grad.t().contiguous(), turned, beta=0.0)
+    return product.values()
 
 
 class _PatchedLinear(torch.autograd.Function):

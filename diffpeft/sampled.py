@@ -136,8 +136,9 @@ class _SampledEmbedding(torch.autograd.Function):
         rows, places = torch.unique(ids, return_inverse=True)
         ctx.save_for_backward(rows, places, w, log_alpha)
         ctx.padding_idx = padding_idx
-        own = [tensor.index_select(0, rows) for tensor in (base, w, log_alpha)]
-        effective = _Gates(ctx, sample, w, group_log_alpha).effective(torch.empty_like(own[0]), *own, rows)
+        own, own_w, own_log_alpha = (tensor.index_select(0, rows) for tensor in (base, w, log_alpha))
+        out = torch.empty_like(own)
+        effective = _Gates(ctx, sample, w, group_log_alpha).effective(out, own, own_w, own_log_alpha, rows)
         return functional.embedding(places, effective)
 
     @staticmethod

@@ -103,9 +103,16 @@ def test_a_pattern_is_the_positions_as_compressed_rows(where):
 def test_a_patch_is_undone_to_the_bit_also_after_an_error(device, dtype):
     weight, diff = torch.randn(5, 4, device=device).to(dtype), make_diff((5, 4), 6, device)
     before, expected = weight.clone(), sparse_parameter(weight, *diff).detach()
-    with pytest.raises(KeyError), Patch(weight, *diff):
-        assert torch.equal(weight, expected)
-        raise KeyError
+    seen = []
+
+    def fail() -> None:
+        with Patch(weight, *diff):
+            seen.append(weight.clone())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.equal(seen[0], expected)
     assert torch.equal(weight, before)
     with Patch(weight, *diff), Patch(weight, *diff):
         assert not torch.equal(weight, expected)
