@@ -190,6 +190,24 @@ def test_early_stopping_waits_for_fixmask_and_the_best_is_within_the_budget(tiny
     assert trainer.model.base_model.num_nonzeros() == round(0.02 * trainer.model.base_model.num_base_parameters())
 
 
+def test_a_resumed_run_ends_with_the_same_best_checkpoint(tiny_bert, tmp_path):
+    class BestAtTwelve(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = float(abs(state.global_step - 12)) if state.global_step >= 8 else 0.0
+
+    options = {**evaluated("loss"), "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+    whole = make_trainer(tiny_bert, tmp_path, extra=[BestAtTwelve()], **options)
+    whole.train()
+    assert whole.state.best_global_step == 12
+    for step in (4, 10, 14):
+        resumed = make_trainer(tiny_bert, tmp_path / f"from-{step}", extra=[BestAtTwelve()], **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert resumed.state.best_global_step == 12
+        mine, theirs = whole.model.state_dict(), resumed.model.state_dict()
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
 def test_a_new_model_for_every_trial_gets_all_phases(tiny_bert, tmp_path):
     """As `hyperparameter_search` does it: the Trainer and its callbacks stay, the model is new."""
     first = make_trainer(tiny_bert, tmp_path)
