@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trainers import Rows, arguments, make_trainer
+from trainers import Rows, arguments, make_trainer, peft_model
 from transformers import Trainer, TrainerCallback
 
 from diffpeft import DiffPruningCallback
@@ -94,32 +94,45 @@ def test_learning_rate_goes_over_to_fixmasks_as_gates_close(tiny_bert, tmp_path,
     assert logged == pytest.approx([rate for rate, _ in used]), "what was used is logged"
 
 
-def penalty_pull(trainer):
-    """Where the first update leaves the gates, under a lambda that outweighs the task."""
-    steps = []
+LAMBDA = 1e-3
+
+
+def penalty_share(trainer):
+    """Of each gate: the gradient that reached its moments in the first update, over lambda times the penalty's own. The
+    diff is nought then, so the task does not pull."""
+    gates = {name: p for name, p in trainer.model.named_parameters() if "log_alpha" in name}
+    wanted = torch.autograd.grad(trainer.model.base_model.l0_penalty(), list(gates.values()))
+    reached = {}
 
     class Note(TrainerCallback):
         def on_optimizer_step(self, args, state, control, model=None, **kwargs):
-            gates = [p for n, p in model.named_parameters() if "log_alpha" in n]
-            if gates:
-                steps.append(torch.cat([p.detach().reshape(-1) for p in gates]))
+            if not state.global_step:
+                reached.update({n: 10 * b for n, b in model.named_buffers() if "exp_avg." in n})
 
     trainer.add_callback(Note())
     trainer.train()
-    return steps[0]
+    shares = [reached[n.replace("log_alpha", "exp_avg")] / (LAMBDA * w) for n, w in zip(gates, wanted, strict=True)]
+    return torch.cat([share.reshape(-1) for share in shares])
 
 
 @pytest.mark.parametrize(
-    "setting", [{}, {"gradient_accumulation_steps": 4}, {"label_smoothing_factor": 0.1}, {"bf16": True}]
+    "setting",
+    [
+        {},
+        {"gradient_accumulation_steps": 4},
+        {"label_smoothing_factor": 0.1},
+        {"bf16": True},
+        {"max_grad_norm": 1e-3},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
 def test_penalty_does_not_depend_on_how_the_loss_is_scaled(tiny_bert, tmp_path, setting, task_type):
-    """With a lambda that outweighs the task, every gate moves by the same known amount in every setting."""
-    config = {"l0_lambda": 1e6, "task_type": task_type}
-    trainer = make_trainer(tiny_bert, tmp_path, config=config, max_steps=3, **setting)
+    config = {"l0_lambda": LAMBDA, "task_type": task_type}
+    trainer = make_trainer(tiny_bert, tmp_path, config=config, max_steps=2, **setting)
     trainer.train_dataset = Rows(128)
-    gates = penalty_pull(trainer)
-    assert torch.allclose(gates, torch.full_like(gates, 4.9), atol=1e-3)
+    share = penalty_share(trainer)
+    assert torch.allclose(share, torch.ones_like(share), atol=1e-5)
 
 
 def own_loss(outputs, labels, num_items_in_batch=None):
@@ -127,10 +140,36 @@ def own_loss(outputs, labels, num_items_in_batch=None):
 
 
 def test_penalty_does_not_depend_on_a_loss_of_ones_own(tiny_bert, tmp_path):
-    trainer = make_trainer(tiny_bert, tmp_path, config={"l0_lambda": 1e6}, max_steps=3)
+    trainer = make_trainer(tiny_bert, tmp_path, config={"l0_lambda": LAMBDA}, max_steps=2)
     trainer.compute_loss_func = own_loss
-    gates = penalty_pull(trainer)
-    assert torch.allclose(gates, torch.full_like(gates, 4.9), atol=1e-3)
+    share = penalty_share(trainer)
+    assert torch.allclose(share, torch.ones_like(share), atol=1e-5)
+
+
+def test_penalty_does_not_depend_on_a_gradient_scaler(tiny_bert, batch):
+    """fp16 in a loop of one's own: `unscale_`, `gate_step`, `step`. The task pulls too, and its pull is unscaled."""
+    reached = {}
+    for l0_lambda, scale in ((0.0, None), (0.0, 2.0**16), (LAMBDA, 2.0**16)):
+        model = peft_model(tiny_bert, l0_lambda=l0_lambda, init_weights=False).train()
+        wanted = torch.autograd.grad(
+            model.base_model.l0_penalty(), [p for n, p in model.named_parameters() if "log_alpha" in n]
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.float16, enabled=scale is not None):
+            loss = model(**batch()).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        model.base_model.gate_step(0, 10)
+        scaler.step(optimizer)
+        moments = dict(model.named_buffers())
+        names = [n.replace("log_alpha", "exp_avg") for n, _ in model.named_parameters() if "log_alpha" in n]
+        reached[l0_lambda, scale] = torch.cat([10 * moments[name].reshape(-1) for name in names])
+    task, scaled = reached[0.0, None], reached[0.0, 2.0**16]
+    assert 0 < (scaled - task).norm() < 0.1 * task.norm()
+    share = (reached[LAMBDA, 2.0**16] - scaled) / (LAMBDA * torch.cat([w.reshape(-1) for w in wanted]))
+    assert torch.allclose(share, torch.ones_like(share), atol=1e-3)
 
 
 def test_the_dense_best_checkpoint_does_not_come_back(tiny_bert, tmp_path):

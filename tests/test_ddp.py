@@ -24,11 +24,21 @@ from diffpeft import DiffPruningCallback, DiffPruningConfig
 torch.manual_seed(0)
 base = BertForSequenceClassification(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1,
     num_attention_heads=2, intermediate_size=32, max_position_embeddings=16))
-model = get_peft_model(base, DiffPruningConfig(task_type="SEQ_CLS", target_density=0.05))
+l0_lambda = 1e-3 if "penalty" in sys.argv else "auto"
+model = get_peft_model(base, DiffPruningConfig(task_type="SEQ_CLS", target_density=0.05, l0_lambda=l0_lambda))
+gates = {n: p for n, p in model.named_parameters() if "log_alpha" in n}
+wanted = dict(zip(gates, torch.autograd.grad(model.base_model.l0_penalty(), list(gates.values()))))
+shares = []  # of the penalty's own gradient, what reaches the moments of the first update; the task does not pull then
 rows = [{"input_ids": torch.randint(50, (6,)), "labels": i % 2} for i in range(64)]
 history = []
 
 class Note(TrainerCallback):
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if not state.global_step:
+            moments = {n.replace("exp_avg", "log_alpha"): b for n, b in model.named_buffers() if "exp_avg." in n}
+            for n, gradient in wanted.items():
+                shares.extend((10 * moments[n] / (1e-3 * gradient)).reshape(-1).tolist())
+
     def on_step_end(self, args, state, control, model=None, **kwargs):
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         history.append({n: p.detach().double().sum().item() for n, p in trained.items()})
@@ -37,7 +47,7 @@ args = TrainingArguments(output_dir=sys.argv[1], max_steps=8, per_device_train_b
     report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False)
 class Evaluate(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 4 and len(sys.argv) > 2:
+        if state.global_step == 4 and "evaluate" in sys.argv:
             trainer.evaluate()  # runs the model without its wrapper, just before it is pruned
 
 trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows[:8],
@@ -45,11 +55,11 @@ trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows[:8],
 trainer.train()
 diff = {n: (p.tolist(), v.tolist()) for n, (p, v) in model.base_model.get_diff().items()}
 with open(f"{sys.argv[1]}/rank{args.process_index}.json", "w") as file:
-    json.dump({"history": history, "diff": diff, "world": args.world_size}, file)
+    json.dump({"history": history, "diff": diff, "world": args.world_size, "shares": shares}, file)
 """
 
 
-@pytest.mark.parametrize("extra", [[], ["evaluate"]])
+@pytest.mark.parametrize("extra", [[], ["evaluate"], ["penalty"]])
 def test_both_ranks_train_the_same_diff(tmp_path, extra):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
@@ -63,6 +73,8 @@ def test_both_ranks_train_the_same_diff(tmp_path, extra):
     assert first["world"] == 2
     assert first["history"] == second["history"]
     assert first["diff"] == second["diff"]
+    if "penalty" in extra:
+        assert first["shares"] == second["shares"] == pytest.approx([1.0] * len(first["shares"]), abs=1e-5)
     before, after = first["history"][4], first["history"][-1]
     values = [name for name in after if "diffpruning_values" in name]
     assert values

