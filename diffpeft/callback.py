@@ -154,6 +154,13 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 f"the checkpoint was made with {before} gating steps, this run has {self.transition_step}; resume with "
                 f"gating_steps={before}"
             )
+        for name in ("fixmask_learning_rate", "fixmask_warmup_steps"):
+            told, mine = entry["args"].get(name), getattr(self, name)
+            if told != mine:
+                raise ValueError(
+                    f"the checkpoint was made with {name}={told}, this run has {mine}; resume with the checkpoint's, or begin "
+                    "a new run"
+                )
         resume.check(tuner, adapter_name, entry["saved"])
         self._factors = entry["attributes"]["_factors"]
 

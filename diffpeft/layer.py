@@ -187,7 +187,7 @@ class DiffPruningLayer(AdapterTensors):
         A module that has no children reads its parameters only while it runs, so that finished diffs can be patched in.
         """
         module = self.base_layer
-        if module._modules or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        if module._modules or self.quantized or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return None
         if not torch.is_grad_enabled():
             patches = self._patches()

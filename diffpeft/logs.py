@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from diffpeft.model import DiffPruningModel
@@ -22,12 +23,15 @@ class DiffPruningLogCallback(TrainerCallback):
         logs = kwargs.get("logs")
         if tuner is None or len(tuner.active_adapters) != 1 or logs is None or "loss" not in logs:
             return
-        expected = tuner.expected_nonzeros()
+        expected = penalty = tuner.expected_nonzeros()
+        if tuner.is_gated() and tuner.peft_config[tuner.active_adapters[0]].group_penalty != "product":
+            with torch.no_grad():
+                penalty = float(tuner.l0_penalty())
         entry = {
             "diffpruning/phase": tuner.phase(),
             "diffpruning/expected_density": expected / tuner.num_base_parameters(),
             "diffpruning/nnz": tuner.num_nonzeros(),
-            "diffpruning/l0_penalty": expected,
+            "diffpruning/l0_penalty": penalty,
             "diffpruning/adapter_bytes": tuner.adapter_bytes(),
         }
         if "learning_rate" in logs:

@@ -21,6 +21,17 @@ def test_reporters_get_the_adapters_state(tiny_bert, tmp_path, monkeypatch):
     assert rates == pytest.approx({entry["step"]: entry["learning_rate"] for entry in entries})
 
 
+def test_the_logged_penalty_is_the_configs_form(tiny_bert, tmp_path):
+    config = {"l0_lambda": 1e-7, "group_penalty": "additive"}
+    trainer = make_trainer(tiny_bert, tmp_path, max_steps=4, config=config)
+    groups = sum(1 for name, _ in trainer.model.named_parameters() if "group_log_alpha" in name)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    tuner = trainer.model.base_model
+    expected = entry["diffpruning/expected_density"] * tuner.num_base_parameters()
+    assert entry["diffpruning/l0_penalty"] > expected + 0.9 * groups
+
+
 def test_logs_of_other_models_are_left_alone(tiny_bert, tmp_path):
     trainer = Trainer(model=tiny_bert(), args=arguments(tmp_path, max_steps=2), train_dataset=Rows())
     trainer.train()

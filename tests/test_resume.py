@@ -119,6 +119,11 @@ def killed(tiny_bert, tmp_path):
     ("kwargs", "message"),
     [
         ({"callback": DiffPruningCallback(gating_steps=10)}, "made with 8 gating steps, this run has 10"),
+        (
+            {"callback": DiffPruningCallback(fixmask_learning_rate=0.5)},
+            r"made with fixmask_learning_rate=None, this run has 0\.5",
+        ),
+        ({"callback": DiffPruningCallback(fixmask_warmup_steps=2)}, "made with fixmask_warmup_steps=0, this run has 2"),
         ({"config": {"target_density": 0.03}}, r"made with target_density=0\.02, this run has 0\.03"),
         ({"config": {"l0_lambda": 1e-6}}, r"made with l0_lambda='auto', this run has 1e-06"),
         ({"config": {"stretch": (-0.1, 1.1)}}, r"made with stretch=\[-1\.5, 1\.5\], this run has \[-0\.1, 1\.1\]"),
