@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, onload_layer
 from peft.utils import TaskType
 from peft.utils.constants import EMBEDDING_LAYER_NAMES, SEQ_CLS_HEAD_NAMES
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_adapter
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
@@ -38,9 +38,9 @@ class Injection(BaseTuner):
     _noise: NoisePass  # during injection
     _references: dict[int, list[tuple[nn.Module, str]]]  # during injection: modules with several names, and these
 
-    def all_layers(self) -> Iterator[DiffPruningLayer]:
+    def all_layers(self) -> list[DiffPruningLayer]:
         """Every layer of the tuner, whichever adapters it holds."""
-        return (module for module in self.model.modules() if isinstance(module, DiffPruningLayer))
+        return _walk(self.model)[0]
 
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of the base model by name, each once, without heads that are trained whole."""
@@ -273,7 +273,17 @@ class Injection(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter or several the active ones, whose diffs add (PEFT's hook). Raises ValueError for others."""
         self._check_names([adapter_name] if isinstance(adapter_name, str) else adapter_name)
-        super().set_adapter(adapter_name, inference_mode)
+        layers, wrappers = _walk(self.model)
+        if any(layer.merged_adapters for layer in layers):
+            super().set_adapter(adapter_name, inference_mode)  # warns and unmerges
+            return
+        for (
+            wrapper
+        ) in wrappers:  # all below is PEFT's too, without a search through the containers of adapters' tensors
+            _set_adapter(wrapper, adapter_name, inference_mode=inference_mode)
+        for layer in layers:
+            layer.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
 
     def _check_names(self, names: Iterable[str]) -> None:
         unknown = sorted(set(names) - self.peft_config.keys())
@@ -293,7 +303,7 @@ class Injection(BaseTuner):
         before = [(layer, len(layer.merged_adapters)) for layer in self.all_layers()]
         try:
             for layer, _ in before:
-                with onload_layer(layer) if layer.is_offloaded() else nullcontext():
+                with _onloaded(layer):
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         except ValueError:
             for layer, merged in before:
@@ -303,7 +313,7 @@ class Injection(BaseTuner):
     def unmerge_adapter(self) -> None:
         """Restore the base parameters, to the bit, of all merged adapters."""
         for layer in self.all_layers():
-            with onload_layer(layer) if layer.is_offloaded() else nullcontext():
+            with _onloaded(layer):
                 layer.unmerge()
 
     def _unload_and_optionally_merge(
@@ -405,6 +415,32 @@ class Injection(BaseTuner):
         )
         loading.check_complete(model.state_dict(), adapter_name, remapped)
         return remapped
+
+
+def _walk(model: nn.Module) -> tuple[list[DiffPruningLayer], list[AuxiliaryTrainingWrapper]]:
+    """The tuner's layers and PEFT's wrappers of heads in the order of `model.modules()`, which would go through the containers
+    of adapters' tensors too, most of all modules."""
+    layers, wrappers, seen = [], [], set()
+    ahead: list[nn.Module | None] = [model]
+    while ahead:
+        module = ahead.pop()
+        if module is None or module in seen or not module._modules:
+            continue
+        seen.add(module)
+        if isinstance(module, DiffPruningLayer):
+            layers.append(module)
+            ahead.append(module._modules.get("base_layer"))
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            wrappers.append(module)
+        ahead.extend(reversed(module._modules.values()))
+    return layers, wrappers
+
+
+def _onloaded(layer: DiffPruningLayer) -> AbstractContextManager[Any]:
+    """Within, the layer's parameters are on a device."""
+    hooked = "_hf_hook" in layer.base_layer.__dict__  # at no cost where nothing is hooked
+    return onload_layer(layer) if hooked and layer.is_offloaded() else nullcontext()
 
 
 def _owners(layer: DiffPruningLayer) -> dict[int, tuple[DiffPruningLayer, str]]:
