@@ -41,7 +41,7 @@ def add_(target: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     Writing the returned tensor back with [`restore_`] is exact to the bit, which subtracting is not. The sum is rounded
     once, from the wider of the two dtypes, so that merged and unmerged models agree bit for bit.
     """
-    old = torch.take(target, positions)
+    old = take(target, positions)
     _write(target, (old + values).to(target.dtype), positions)
     return old
 
@@ -49,6 +49,11 @@ def add_(target: Tensor, values: Tensor, positions: Tensor) -> Tensor:
 def restore_(target: Tensor, old: Tensor, positions: Tensor) -> None:
     """Undo [`add_`]."""
     _write(target, old, positions)
+
+
+def take(target: Tensor, positions: Tensor) -> Tensor:
+    """What stands at flat positions of `target`; as `torch.take`, which needs twice the time."""
+    return target.view(-1).index_select(0, positions) if target.is_contiguous() else torch.take(target, positions)
 
 
 def _write(target: Tensor, values: Tensor, positions: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,16 @@ class FixmaskTensors(nn.Module):
         if cached is None or cached[0] is not where:
             cached = self._patterns[adapter_name, name] = where, Pattern.of(where, self.shapes[name])
         return cached[1]
+
+    def fixed(self, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, [`kept_values`] and [`positions`] of each parameter in which the adapter has nonzeros; not for compilers."""
+        packed = self.diffpruning_positions[adapter_name]._buffers
+        for name, kept in self.diffpruning_values[adapter_name]._parameters.items():
+            cached = self._unpacked.get((adapter_name, name))
+            if cached is None or cached.packed is not packed[name] or cached.version != _version(packed[name]):
+                self._open(adapter_name, name)
+                cached = self._unpacked[adapter_name, name]
+            yield name, kept, cached.positions
 
     def was_loaded(self, adapter_name: str) -> bool:
         """Whether any of the adapter's positions here were ever filled in."""

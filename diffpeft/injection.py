@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, onload_layer
 from peft.utils import TaskType
 from peft.utils.constants import EMBEDDING_LAYER_NAMES, SEQ_CLS_HEAD_NAMES
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_adapter
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
@@ -26,6 +26,7 @@ from diffpeft.kernels import WORTH_FUSING
 from diffpeft.layer import DiffPruningLayer, RootParameters
 from diffpeft.noise import NoisePass
 from diffpeft.output import OutputLayer
+from diffpeft.seal import PART
 from diffpeft.sharding import check_whole, is_sharded
 
 
@@ -39,21 +40,20 @@ class Injection(BaseTuner):
     _noise: NoisePass  # during injection
     _references: dict[int, list[tuple[nn.Module, str]]]  # during injection: modules with several names, and these
 
-    def all_layers(self) -> Iterator[DiffPruningLayer]:
+    def all_layers(self) -> list[DiffPruningLayer]:
         """Every layer of the tuner, whichever adapters it holds."""
-        return (module for module in self.model.modules() if isinstance(module, DiffPruningLayer))
+        return _layers_in(self.model)
 
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of the base model by name, each once, without heads that are trained whole."""
-        skipped: set[int] = set()
-        for module in self.model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                skipped.update(id(p) for p in module.parameters())
-            elif isinstance(module, DiffPruningLayer):
-                skipped.update(id(p) for adapter in self.peft_config for p in module.adapter_parameters(adapter))
-        for name, parameter in self.model.named_parameters():
-            if id(parameter) not in skipped:
-                yield name.replace(".base_layer", ""), parameter
+        modules = list(_outer_modules(self.model))
+        heads = [module for _, module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
+        seen = {id(p) for head in heads for p in head.parameters()}
+        for key, module in modules:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{key}.{name}".removeprefix(".").replace(".base_layer", ""), parameter
 
     # Wrapping
 
@@ -93,6 +93,19 @@ class Injection(BaseTuner):
         check_whole(self.model.parameters(), "wrapping a model")
         if not any(p.is_floating_point() for p in self.model.parameters()):
             raise ValueError("the base model has no floating-point parameters, so there is nothing to adapt")
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """PEFT's hook; heads manage what trains themselves. PEFT's own goes through all of the adapters' tensors."""
+        modules = [module for _, module in _outer_modules(model)]
+        heads = {part for head in modules if isinstance(head, AuxiliaryTrainingWrapper) for part in head.modules()}
+        for module in modules:
+            if module not in heads:
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter.requires_grad = False
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's hook: adapters are fp32 as they are made."""
 
     def _check_target_module_exists(self, peft_config: DiffPruningConfig, key: str) -> Any:
         module = self.model if key == RootParameters.NAME else self.model.get_submodule(key)
@@ -147,7 +160,7 @@ class Injection(BaseTuner):
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         layers = list(self.all_layers())
         self._references = {}
-        for module in model.modules():
+        for _, module in _outer_modules(model):
             for name, child in module._modules.items():  # each name, which named_children leaves out
                 self._references.setdefault(id(child), []).append((module, name))
         self._references = {child: places for child, places in self._references.items() if len(places) > 1}
@@ -214,8 +227,12 @@ class Injection(BaseTuner):
         layers = list(self.all_layers())
         wrapped = {id(layer.base_layer) for layer in layers}
         plain: dict[int, list[str]] = {}
-        for name, module in self.model.named_modules():
-            if id(module) not in wrapped and not isinstance(module, (DiffPruningLayer, nn.ParameterDict)):
+        for name, module in _outer_modules(self.model):
+            if (
+                module._parameters
+                and id(module) not in wrapped
+                and not isinstance(module, (DiffPruningLayer, nn.ParameterDict))
+            ):
                 for parameter in module.parameters(recurse=False):
                     plain.setdefault(id(parameter), []).append(name)
         for layer in layers:
@@ -269,7 +286,7 @@ class Injection(BaseTuner):
     def train(self, mode: bool = True) -> Injection:
         """As of any module, but batch norms keep their running statistics: they are the base's, and no diff has them."""
         super().train(mode)
-        for module in self.model.modules():
+        for _, module in _outer_modules(self.model):
             if isinstance(module, _BatchNorm):
                 module.eval()
         return self
@@ -277,7 +294,17 @@ class Injection(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter or several the active ones, whose diffs add (PEFT's hook). Raises ValueError for others."""
         self._check_names([adapter_name] if isinstance(adapter_name, str) else adapter_name)
-        super().set_adapter(adapter_name, inference_mode)
+        layers = self.all_layers()
+        if any(layer.merged_adapters for layer in layers):
+            super().set_adapter(adapter_name, inference_mode)  # warns and unmerges
+            return
+        # As PEFT's own loops, which look into the containers of adapters' tensors too.
+        for _, module in _outer_modules(self.model):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                _set_adapter(module, adapter_name, inference_mode=inference_mode)
+        for layer in layers:
+            layer.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
 
     def _check_names(self, names: Iterable[str]) -> None:
         unknown = sorted(set(names) - self.peft_config.keys())
@@ -297,7 +324,7 @@ class Injection(BaseTuner):
         before = [(layer, len(layer.merged_adapters)) for layer in self.all_layers()]
         try:
             for layer, _ in before:
-                with onload_layer(layer) if layer.is_offloaded() else nullcontext():
+                with _onloaded(layer):
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         except ValueError:
             for layer, merged in before:
@@ -307,7 +334,7 @@ class Injection(BaseTuner):
     def unmerge_adapter(self) -> None:
         """Restore the base parameters, to the bit, of all merged adapters."""
         for layer in self.all_layers():
-            with onload_layer(layer) if layer.is_offloaded() else nullcontext():
+            with _onloaded(layer):
                 layer.unmerge()
 
     def _unload_and_optionally_merge(
@@ -324,7 +351,7 @@ class Injection(BaseTuner):
             self.unmerge_adapter()
         if merge and adapter_names is not None:
             self._choose_heads(adapter_names)
-        wrapped = [(parent, n, m) for parent in self.model.modules() for n, m in parent._modules.items()]
+        wrapped = [(parent, n, m) for _, parent in _outer_modules(self.model) for n, m in parent._modules.items()]
         for parent, name, layer in tqdm(wrapped, disable=not progressbar, desc="Unloading"):
             if isinstance(layer, DiffPruningLayer):
                 layer.noise.unwatch(self.model)
@@ -400,15 +427,45 @@ class Injection(BaseTuner):
         cls, model: nn.Module, config: DiffPruningConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Bring the adapter into the file's phase and shapes, which loading into an adapter that exists does not."""
-        layers = [m for m in model.modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)]
+        layers = [layer for layer in _layers_in(model) if layer.has_adapter(adapter_name)]
         state_dict = loading.adopt(layers, config, adapter_name, state_dict)
-        named = {cls._remove_adapter_name_from_key(key, adapter_name) for key in model.state_dict()}
-        state_dict = loading.rename(state_dict, named)
+        own = {key: tensor for key, tensor in model.state_dict().items() if PART in key}
+        state_dict = loading.rename(state_dict, {cls._remove_adapter_name_from_key(key, adapter_name) for key in own})
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
         )
-        loading.check_complete(model.state_dict(), adapter_name, remapped)
+        loading.check_complete(own, adapter_name, remapped)
         return remapped
+
+
+def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()`, in their order, without the containers of adapters' tensors, which are most of them."""
+    seen: set[nn.Module] = set()
+    ahead: list[tuple[str, nn.Module | None]] = [("", model)]
+    while ahead:
+        name, module = ahead.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        children = module._modules
+        if children:
+            prefix = f"{name}." if name else ""
+            if isinstance(module, DiffPruningLayer):
+                ahead.append((f"{prefix}base_layer", children.get("base_layer")))
+            else:
+                ahead.extend([(prefix + key, child) for key, child in reversed(children.items())])
+
+
+def _layers_in(model: nn.Module) -> list[DiffPruningLayer]:
+    # The look at the children spares most modules the slower one at their type.
+    return [m for _, m in _outer_modules(model) if m._modules and isinstance(m, DiffPruningLayer)]
+
+
+def _onloaded(layer: DiffPruningLayer) -> AbstractContextManager[Any]:
+    """Within, the layer's parameters are on a device."""
+    hooked = "_hf_hook" in layer.base_layer.__dict__  # at no cost where nothing is hooked
+    return onload_layer(layer) if hooked and layer.is_offloaded() else nullcontext()
 
 
 def _owners(layer: DiffPruningLayer) -> dict[int, tuple[DiffPruningLayer, str]]:

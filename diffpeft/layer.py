@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffpeft import gates
-from diffpeft.adapter import VALUES, AdapterTensors
+from diffpeft.adapter import AdapterTensors
 from diffpeft.diff import add_, restore_, sparse_parameter
 from diffpeft.mixed import MixedBatch
 from diffpeft.noise import NoisePass, remove_hooks
@@ -307,6 +307,20 @@ class DiffPruningLayer(AdapterTensors):
 
     # Merging
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's, which takes most of the time of a switch between merged adapters: parameters are looked up directly."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if self.disable_adapters or self.frozen_peft_weight_names:
+            super().set_adapter(names, inference_mode)
+            return
+        for attribute in self.adapter_layer_names:
+            for adapter_name, tensors in cast(nn.ModuleDict, self._modules[attribute])._modules.items():
+                trains = adapter_name in names and not inference_mode
+                for parameter in cast(nn.ParameterDict, tensors)._parameters.values():
+                    if parameter is not None and parameter.requires_grad is not trains and parameter.is_leaf:
+                        parameter.requires_grad_(trains)
+        self._active_adapter = names
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the diffs of the adapters (default: the active ones) into the base parameters.
 
@@ -316,49 +330,55 @@ class DiffPruningLayer(AdapterTensors):
             ValueError: with `safe_merge`, where the result would not be finite; nothing is written then.
         """
         for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if not self.has_adapter(adapter_name):
+            if adapter_name not in self.configs:
                 continue
-            for name in self.shapes:
-                others = [*self.shared_with.get(name, [])]
-                others += [layer.key for layer in self.tied_layers.get(name, []) if adapter_name not in layer.configs]
-                if others and self.changes(adapter_name, name):
-                    raise ValueError(
-                        f"{self.parameter_key(name)} is also a parameter of {others}, which the adapter leaves alone: "
-                        f"merging adapter {adapter_name!r} would change them too; adapt or exclude all of them, or untie "
-                        "them"
-                    )
-            if self.quantized and "weight" in (self.nnz(adapter_name) or {}):
-                raise ValueError(
-                    f"{self.key} is quantised: merging adapter {adapter_name!r} into it would round it anew and lose both; "
-                    "use it unmerged, or merge into the model loaded unquantised"
-                )
-            check_whole(self.own_parameters().values(), "merging")
+            self._check_mergeable(adapter_name)
             done: list[_Merge] = []
-            with torch.no_grad():
-                for merge in self._merge_one(adapter_name):
-                    done.append(merge)
-                    if safe_merge and not self._is_finite(merge):
-                        self._revert(done)
-                        raise ValueError(
-                            f"merging adapter {adapter_name!r} would make {self.parameter_key(merge.parameter_name)} NaN "
-                            "or infinite; the adapter seems to be broken"
-                        )
+            for merge in self._merge_one(adapter_name):
+                done.append(merge)
+                if safe_merge and not self._is_finite(merge):
+                    self._revert(done)
+                    raise ValueError(
+                        f"merging adapter {adapter_name!r} would make {self.parameter_key(merge.parameter_name)} NaN "
+                        "or infinite; the adapter seems to be broken"
+                    )
             self._merges.extend(done)
             self.merged_adapters.append(adapter_name)
 
+    def _check_mergeable(self, adapter_name: str) -> None:
+        for name in self.shapes if self.shared_with or self.tied_layers else ():
+            others = [*self.shared_with.get(name, [])]
+            others += [layer.key for layer in self.tied_layers.get(name, []) if adapter_name not in layer.configs]
+            if others and self.changes(adapter_name, name):
+                raise ValueError(
+                    f"{self.parameter_key(name)} is also a parameter of {others}, which the adapter leaves alone: "
+                    f"merging adapter {adapter_name!r} would change them too; adapt or exclude all of them, or untie "
+                    "them"
+                )
+        if self.quantized and "weight" in (self.nnz(adapter_name) or {}):
+            raise ValueError(
+                f"{self.key} is quantised: merging adapter {adapter_name!r} into it would round it anew and lose both; "
+                "use it unmerged, or merge into the model loaded unquantised"
+            )
+        own = self._own()
+        check_whole((own[name] for name in self.shapes), "merging")
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        """All parameters of the wrapped module, as it holds them."""
+        return cast(dict[str, nn.Parameter], self.base_layer._parameters)
+
     def _merge_one(self, adapter_name: str) -> Iterator[_Merge]:
-        gating = self.is_gating(adapter_name)
-        parameters = self.own_parameters()
-        for name in self.shapes if gating else getattr(self, VALUES)[adapter_name]:
-            data = parameters[name].data
-            if gating:
+        # `.data` keeps autograd out, and the parameter's version as it is.
+        own = self._own()
+        if self.is_gating(adapter_name):
+            for name in self.shapes:
+                data = own[name].data
                 old = data.clone()
                 data.copy_(data + self.dense_delta(adapter_name, name))
                 yield _Merge(adapter_name, name, None, old)
-            else:
-                where = self.positions(adapter_name, name)
-                old = add_(data, self.kept_values(adapter_name, name).data, where)
-                yield _Merge(adapter_name, name, where, old)
+        else:
+            for name, values, where in self.fixed(adapter_name):
+                yield _Merge(adapter_name, name, where, add_(own[name].data, values.data, where))
 
     def _is_finite(self, merge: _Merge) -> bool:
         merged = self.own_parameters()[merge.parameter_name].data
@@ -367,10 +387,10 @@ class DiffPruningLayer(AdapterTensors):
 
     def _revert(self, merges: list[_Merge]) -> None:
         """Undo the merges, the last one first, and empty the list."""
-        parameters = self.own_parameters()
+        own = self._own()
         while merges:
             merge = merges.pop()
-            target = parameters[merge.parameter_name].data
+            target = own[merge.parameter_name].data
             if merge.positions is None:
                 target.copy_(merge.old)
             else:
@@ -381,8 +401,7 @@ class DiffPruningLayer(AdapterTensors):
         kept = self.merged_adapters[:keep]
         first = next((i for i, merge in enumerate(self._merges) if merge.adapter_name not in kept), len(self._merges))
         undone, self._merges = self._merges[first:], self._merges[:first]
-        with torch.no_grad():
-            self._revert(undone)
+        self._revert(undone)
         self.merged_adapters[keep:] = []
 
 

@@ -13,10 +13,11 @@ from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from diffpeft import gate_update, gates, positions, pruning
-from diffpeft.adapter import VALUES, GateTensors, is_quantized, own_shapes
+from diffpeft import gate_update, gates, positions, pruning, scan
+from diffpeft.adapter import GATING_PARAMETERS, VALUES, GateTensors, is_quantized, own_shapes
 from diffpeft.combine import combine
 from diffpeft.config import DiffPruningConfig, check_density
+from diffpeft.gated_diff import GatedDiff
 from diffpeft.layer import DiffPruningLayer
 from diffpeft.optimizer import check_replaceable, replace_parameters
 from diffpeft.serving import Serving
@@ -291,15 +292,16 @@ class DiffPruningModel(Serving):
             check_replaceable(optimizer, {p for parameters in old.values() for p in parameters if p.requires_grad})
 
         owners = [(layer, parameter) for layer in old for parameter in layer.shapes]
-        scores = [_score(layer, name, parameter) for layer, parameter in owners]
-        kept, threshold = pruning.global_top_k(scores, k)
+        diffs = [_diff(layer, name, parameter) for layer, parameter in owners]
+        kept, threshold = scan.top_k(diffs, k)
         per_parameter, replacement = {}, dict[nn.Parameter, nn.Parameter | None]()
-        chosen = dict(zip(owners, kept, strict=True))
+        chosen = {owner: (p, diff.values(p)) for owner, diff, p in zip(owners, diffs, kept, strict=True)}
         for layer, parameters in old.items():
-            diff, w = {}, dict(layer.diffpruning_w[name])
-            for parameter in layer.shapes:
-                where = chosen[layer, parameter]
-                diff[parameter] = where, torch.take(layer.dense_delta(name, parameter), where)
+            diff, w = (
+                {parameter: chosen[layer, parameter] for parameter in layer.shapes},
+                dict(layer.diffpruning_w[name]),
+            )
+            for parameter, (where, _) in diff.items():
                 per_parameter[layer.parameter_key(parameter)] = where.numel(), w[parameter].numel()
             layer.set_diff(name, diff)
             values = getattr(layer, VALUES)[name]
@@ -459,18 +461,8 @@ class DiffPruningModel(Serving):
         return {**dict.fromkeys(fields), "target_modules": None if anywhere else keys}
 
 
-def _score(layer: DiffPruningLayer, adapter_name: str, parameter: str) -> pruning.Scores:
-    """|delta| of one parameter; where a gate is shut, a number far below that orders entries by how nearly it is open."""
-
-    def score() -> Tensor:
-        delta = layer.dense_delta(adapter_name, parameter).abs_()
-        if parameter in layer.diffpruning_log_alpha[adapter_name]:
-            stretch = layer.configs[adapter_name].stretch
-            w = layer.diffpruning_w[adapter_name][parameter].detach().abs()
-            nearly = gates.open_probability(
-                layer.diffpruning_log_alpha[adapter_name][parameter].detach(), stretch
-            ).mul_(w)
-            delta = torch.where(delta > 0, delta, nearly.mul_(1e-12))
-        return delta
-
-    return score
+def _diff(layer: DiffPruningLayer, adapter_name: str, parameter: str) -> GatedDiff:
+    """The diff of one parameter in gating."""
+    w, log_alpha, group_log_alpha = (getattr(layer, kind)[adapter_name] for kind in GATING_PARAMETERS)
+    parts = (w[parameter].detach(), log_alpha.get(parameter, None), group_log_alpha.get(parameter, None))
+    return GatedDiff(*parts, layer.configs[adapter_name].stretch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -48,6 +49,46 @@ class Patch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._flat.scatter_(0, self._positions, self._old)
+
+
+class ModelPatch:
+    """Finished diffs that stand in the weights of a whole model for as long as it runs: one for all its layers.
+
+    Whatever changes which diffs count, or reads the plain weights, calls [`undo`] first.
+    """
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[Tensor, Tensor, Tensor]] = []  # flat weight, positions, what stood there
+        self.active = False
+
+    def apply(self, diffs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Write (weight, values, positions) of each parameter; all of them or, after an error, none."""
+        self.active = True
+        try:
+            for weight, values, positions in diffs:
+                flat = weight.data.view(-1)
+                old = flat.index_select(0, positions)
+                self._entries.append((flat, positions, old))
+                flat.scatter_(0, positions, (old + values.detach()).to(flat.dtype))
+        except BaseException:
+            self.undo()
+            raise
+
+    def undo(self) -> None:
+        """Restore the weights to the bit, if anything stands in them."""
+        while self._entries:
+            flat, positions, old = self._entries[-1]
+            flat.scatter_(0, positions, old)
+            self._entries.pop()  # after it is restored: an interruption in between must not lose it
+        self.active = False
+
+    def __deepcopy__(self, memo: Any) -> ModelPatch:
+        self.undo()  # a copy of a patched weight would never be restored
+        return ModelPatch()
+
+    def __reduce__(self) -> Any:
+        self.undo()
+        return ModelPatch, ()
 
 
 class Diff(NamedTuple):

@@ -10,6 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+UNORDERED = (
+    "scores are NaN, infinite or negative, so their order means nothing; "
+    "check the loss and lower the learning rate before pruning"
+)
+
 Scores = Callable[[], Tensor]
 """Computes the fp32 nonnegative scores of one tensor anew, so that no more than one is alive at a time."""
 
@@ -52,15 +57,18 @@ class PruningSummary:
         )
 
 
+def check_count(k: int, total: int) -> None:
+    """Raise ValueError where k of `total` scores cannot be kept."""
+    if not 1 <= k <= total:
+        raise ValueError(f"k={k} of {total} scores cannot be kept; use 1 <= k <= {total}")
+
+
 def _bit_patterns(scores: Tensor) -> Tensor:
     if scores.dtype != torch.float32:
         raise TypeError(f"scores are {scores.dtype}; global top-k compares the bit patterns of torch.float32")
     bits = scores.reshape(-1).view(torch.int32)
     if bits.numel() and (int(bits.max()) >= 0x7F800000 or int(bits.min()) < 0):
-        raise ValueError(
-            "scores are NaN, infinite or negative, so their order means nothing; "
-            "check the loss and lower the learning rate before pruning"
-        )
+        raise ValueError(UNORDERED)
     return bits
 
 
@@ -84,8 +92,7 @@ def global_threshold(scores: Sequence[Scores], k: int) -> Threshold:
         bits = _bit_patterns(compute())
         total += bits.numel()
         high += torch.bincount(bits >> 16, minlength=1 << 16).cpu()
-    if not 1 <= k <= total:
-        raise ValueError(f"k={k} of {total} scores cannot be kept; use 1 <= k <= {total}")
+    check_count(k, total)
     high_bin, rank = _bin_of(high, k)
     low = torch.zeros(1 << 16, dtype=torch.int64)
     for compute in scores:
