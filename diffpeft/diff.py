@@ -59,6 +59,6 @@ def take(target: Tensor, positions: Tensor) -> Tensor:
 def _write(target: Tensor, values: Tensor, positions: Tensor) -> None:
     """`target.put_(positions, values)`, which has no deterministic form, for positions that occur once."""
     if target.is_contiguous():
-        target.view(-1).index_copy_(0, positions, values)
+        target.view(-1).scatter_(0, positions, values)
     else:
         target.index_put_(torch.unravel_index(positions, target.shape), values)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffpeft import seal, values
 from diffpeft.config import DiffPruningConfig
-from diffpeft.patched import Pattern, sampling_pays
+from diffpeft.patched import Pattern
 from diffpeft.sharding import check_whole
 
 
@@ -69,12 +69,9 @@ class FixmaskTensors(nn.Module):
                 self._open(adapter_name, name)
         return self._unpacked[adapter_name, name].positions
 
-    def pattern(self, adapter_name: str, name: str, like: Tensor) -> Pattern | None:
-        """The positions as compressed sparse rows, where the gradient of the values is cheaper at these alone for a product of
-        tensors like `like`."""
+    def pattern(self, adapter_name: str, name: str) -> Pattern:
+        """The adapter's positions in a matrix, by its rows."""
         where = self.positions(adapter_name, name)
-        if not sampling_pays(where.numel(), self.shapes[name], like):
-            return None
         cached = self._patterns.get((adapter_name, name))
         if cached is None or cached[0] is not where:
             cached = self._patterns[adapter_name, name] = where, Pattern.of(where, self.shapes[name])

@@ -18,7 +18,7 @@ from diffpeft.adapter import AdapterTensors
 from diffpeft.diff import add_, restore_, sparse_parameter
 from diffpeft.mixed import MixedBatch
 from diffpeft.noise import NoisePass, remove_hooks
-from diffpeft.patched import Diff, Patch, can_be_patched, patched_embedding, patched_linear
+from diffpeft.patched import Diff, Patch, can_be_patched, patched_embedding, patched_linear, sampling_pays
 from diffpeft.sampled import Sample, sampled_embedding, sampled_linear, sampled_parameter
 from diffpeft.sharding import check_whole
 
@@ -72,6 +72,7 @@ class DiffPruningLayer(AdapterTensors):
 
     def enable_adapters(self, enabled: bool) -> None:
         """As PEFT's; what is merged is taken out first, since the base is read without running its module too."""
+        self.noise.patch.undo()
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
@@ -118,7 +119,7 @@ class DiffPruningLayer(AdapterTensors):
 
     def _selected(self, name: str, targeting: Collection[str]) -> list[str]:
         """The adapters, of those that target the reading module, that change parameter `name` just now."""
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters or self.merged or (self.noise.patch.active and not self.passes_by_row):
             return []
         selected = self.active_adapters if self.mixed is None else self.mixed.selected(self, name)
         return [adapter for adapter in selected if adapter in targeting and self.changes(adapter, name)]
@@ -153,8 +154,13 @@ class DiffPruningLayer(AdapterTensors):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped module, hooks and all, with its effective parameters."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        if self.noise.patch.active and not self.passes_by_row:
+            return self.base_layer(*args, **kwargs)
+        if self.merged_adapters:
+            if self._disable_adapters:
+                self.unmerge()
+            elif "_hf_hook" not in self.base_layer.__dict__:
+                return self.base_layer(*args, **kwargs)
         if self.is_offloaded():
             return self._forward_offloaded(*args, **kwargs)
         return self._forward(*args, **kwargs)
@@ -189,20 +195,21 @@ class DiffPruningLayer(AdapterTensors):
         module = self.base_layer
         if module._modules or self.quantized or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return None
-        if not torch.is_grad_enabled():
-            patches = self._patches()
-            if patches is not None:
-                with ExitStack() as stack:
-                    for patch in patches:
-                        stack.enter_context(patch)
-                    return module(*args, **kwargs)
-        kind = type(module)
-        if kind not in (nn.Linear, nn.Embedding) or len(args) != 1 or kwargs or not _is_plain(module):
-            return None
-        selected = self._selected("weight", self.configs)
-        if len(selected) != 1 or "weight" not in self.shapes:
-            return None
-        return self._linear(selected[0], *args) if kind is nn.Linear else self._embedding(selected[0], *args)
+        output, kind = None, type(module)
+        if kind in (nn.Linear, nn.Embedding) and len(args) == 1 and not kwargs and _is_plain(module):
+            selected = self._selected("weight", self.configs)
+            if len(selected) == 1 and "weight" in self.shapes:
+                if kind is nn.Embedding:
+                    output = self._embedding(selected[0], *args)
+                elif torch.is_grad_enabled():
+                    output = self._linear(selected[0], *args)
+        patches = None if output is not None or torch.is_grad_enabled() else self._patches()
+        if patches is None:
+            return output
+        with ExitStack() as stack:
+            for patch in patches:
+                stack.enter_context(patch)
+            return module(*args, **kwargs)
 
     def _patches(self) -> list[Patch] | None:
         """What to have in the module's parameters while it runs; None if that is not all of it."""
@@ -215,6 +222,32 @@ class DiffPruningLayer(AdapterTensors):
                 patches.append(Patch(parameter, *self._diff(adapter_name, name)))
         return patches
 
+    @property
+    def passes_by_row(self) -> bool:
+        """Whether a pass reads so few rows of the weight that the others are left alone."""
+        return type(self.base_layer) is nn.Embedding and not self.tied_layers
+
+    def for_one_pass(self) -> list[tuple[Tensor, Tensor, Tensor]] | None:
+        """(weight, values, positions) of what the active adapter would write into the parameters for one pass without
+        gradients; None where they may not be overwritten or it is not finished."""
+        if self.merged_adapters or self._disable_adapters or self.quantized or self.mixed is not None:
+            return None
+        own = self._own()
+        active = self.active_adapters
+        if len(active) != 1 or active[0] in self.diffpruning_w or "_hf_hook" in self.base_layer.__dict__:
+            return None
+        if self.passes_by_row or active[0] not in self.configs:
+            return []
+        if not all(parameter is None or can_be_patched(parameter) for parameter in own.values()):
+            return None
+        try:
+            self._check_mergeable(active[0])
+            return [(own[name], values, where) for name, values, where in self.fixed(active[0])]
+        except (
+            ValueError
+        ):  # modules outside of the adapter have a parameter too, or the diff is damaged: running it tells
+            return None
+
     def _diff(self, adapter_name: str, name: str) -> Diff:
         return Diff(self.kept_values(adapter_name, name), self.positions(adapter_name, name))
 
@@ -226,7 +259,9 @@ class DiffPruningLayer(AdapterTensors):
         if adapter_name in self.diffpruning_values:
             if not can_be_patched(module.weight):
                 return None
-            diff, pattern = self._diff(adapter_name, "weight"), self.pattern(adapter_name, "weight", x)
+            diff = self._diff(adapter_name, "weight")
+            sampling = sampling_pays(diff.values.numel(), module.weight.shape, x)
+            pattern = self.pattern(adapter_name, "weight") if sampling else None
             return patched_linear(x, self._read("bias"), module.weight, diff, pattern)
         if not self._samples(adapter_name, "weight"):
             return None
@@ -239,9 +274,8 @@ class DiffPruningLayer(AdapterTensors):
         if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
             return None
         if adapter_name in self.diffpruning_values:
-            if not can_be_patched(module.weight):
-                return None
-            return patched_embedding(ids, module.padding_idx, module.weight, self._diff(adapter_name, "weight"))
+            values, pattern = self.kept_values(adapter_name, "weight"), self.pattern(adapter_name, "weight")
+            return patched_embedding(ids, module.padding_idx, module.weight, values, pattern)
         if not self._samples(adapter_name, "weight"):
             return None
         tensors = module.weight, *self._gates_of(adapter_name, "weight")
@@ -305,10 +339,20 @@ class DiffPruningLayer(AdapterTensors):
                 raise
             return self._read(name)
 
+    def _clear(self, adapter_name: str) -> None:
+        self.noise.patch.undo()
+        super()._clear(adapter_name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove the adapter's tensors (PEFT's hook)."""
+        self.noise.patch.undo()
+        super().delete_adapter(adapter_name)
+
     # Merging
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's, which takes most of the time of a switch between merged adapters: parameters are looked up directly."""
+        self.noise.patch.undo()
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if self.disable_adapters or self.frozen_peft_weight_names:
             super().set_adapter(names, inference_mode)
@@ -329,6 +373,7 @@ class DiffPruningLayer(AdapterTensors):
         Raises:
             ValueError: with `safe_merge`, where the result would not be finite; nothing is written then.
         """
+        self.noise.patch.undo()
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.configs:
                 continue

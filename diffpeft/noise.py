@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpeft.patched import ModelPatch
 from diffpeft.scratch import Scratch
 
 NOISE_MARGIN = 1e-4
@@ -82,6 +83,8 @@ class NoisePass:
     def __init__(self) -> None:
         self.scratch = Scratch()
         """For what the layers of the model, one after the other, need while they run."""
+        self.patch = ModelPatch()
+        """Finished diffs in the weights of the model while it runs."""
         self._first: dict[Hashable, Tensor] | None = None
         self._aliases: dict[int, Tensor] = {}
         self._runs_in: dict[str, int] = {}  # a dict, because its setdefault cannot be interrupted

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -52,38 +52,43 @@ class Patch:
 
 
 class ModelPatch:
-    """Finished diffs that stand in the weights of a whole model for as long as it runs: one for all its layers.
+    """Finished diffs that stand in the weights of a whole model for as long as it runs; one for all its layers.
 
-    Whatever changes which diffs count, or reads the plain weights, calls [`undo`] first.
+    Whatever changes which diffs count calls [`undo`] first.
     """
 
     def __init__(self) -> None:
         self._entries: list[tuple[Tensor, Tensor, Tensor]] = []  # flat weight, positions, what stood there
         self.active = False
 
-    def apply(self, diffs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Write (weight, values, positions) of each parameter; all of them or, after an error, none."""
+    def apply(self, diffs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Add (weight, values, positions) of each parameter, of which none occurs twice; all of them or, after an error, none."""
+        flats = [weight.data.view(-1) for weight, _, _ in diffs]
+        olds = [flat.index_select(0, where) for flat, (_, _, where) in zip(flats, diffs, strict=True)]
+        values = [values.detach() for _, values, _ in diffs]
+        if any(old.dtype != value.dtype for old, value in zip(olds, values, strict=True)):
+            news = [(old + value).to(old.dtype) for old, value in zip(olds, values, strict=True)]
+        else:
+            news = list(torch._foreach_add(olds, values)) if olds else []
         self.active = True
         try:
-            for weight, values, positions in diffs:
-                flat = weight.data.view(-1)
-                old = flat.index_select(0, positions)
-                self._entries.append((flat, positions, old))
-                flat.scatter_(0, positions, (old + values.detach()).to(flat.dtype))
+            for flat, (_, _, where), old, new in zip(flats, diffs, olds, news, strict=True):
+                self._entries.append((flat, where, old))
+                flat.scatter_(0, where, new)
         except BaseException:
             self.undo()
             raise
 
     def undo(self) -> None:
         """Restore the weights to the bit, if anything stands in them."""
-        while self._entries:
-            flat, positions, old = self._entries[-1]
-            flat.scatter_(0, positions, old)
-            self._entries.pop()  # after it is restored: an interruption in between must not lose it
-        self.active = False
+        if self.active:
+            for flat, positions, old in self._entries:
+                flat.scatter_(0, positions, old)
+            self._entries = []  # only now: after an interruption in between all of it can be done again
+            self.active = False
 
     def __deepcopy__(self, memo: Any) -> ModelPatch:
-        self.undo()  # a copy of a patched weight would never be restored
+        self.undo()  # nobody would restore a copy of a weight that is patched
         return ModelPatch()
 
     def __reduce__(self) -> Any:
@@ -113,6 +118,15 @@ class Pattern(NamedTuple):
         """Of sorted flat positions in a matrix."""
         rows = torch.arange(shape[0] + 1, device=positions.device) * shape[1]
         return cls(torch.searchsorted(positions, rows), positions % shape[1])
+
+    def of_rows(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Which of the k positions lie in some rows, and where they lie in a matrix of these rows alone, flat."""
+        start, end = self.offsets.index_select(0, rows), self.offsets.index_select(0, rows + 1)
+        count = end - start
+        row = torch.repeat_interleave(count)
+        before = count.cumsum(0) - count
+        which = torch.arange(len(row), device=rows.device) + (start - before).index_select(0, row)
+        return which, row * width + self.columns.index_select(0, which)
 
 
 def sampling_pays(k: int, shape: torch.Size, grad: Tensor) -> bool:
@@ -182,27 +196,25 @@ class _PatchedLinear(torch.autograd.Function):
 class _PatchedEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ids: Tensor, padding_idx: int | None, values: Tensor, weight: Tensor, positions: Tensor
+        ctx: Any, ids: Tensor, padding_idx: int | None, values: Tensor, weight: Tensor, pattern: Pattern
     ) -> Tensor:
-        ctx.save_for_backward(ids, values, positions)
-        ctx.padding_idx, ctx.shape = padding_idx, weight.shape
-        with Patch(weight, values, positions):
-            return functional.embedding(ids, weight.data)
+        rows, places = torch.unique(ids, return_inverse=True)
+        which, local = pattern.of_rows(rows, weight.shape[1])
+        ctx.save_for_backward(rows, places, which, local, values)
+        ctx.padding_idx = padding_idx
+        own = weight.data.index_select(0, rows)
+        flat = own.view(-1)
+        added = flat.index_select(0, local) + values.detach().index_select(0, which)
+        flat.scatter_(0, local, added.to(flat.dtype))
+        return functional.embedding(places, own)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ids, values, positions = ctx.saved_tensors
-        height, width = ctx.shape
-        rows, places = torch.unique(ids, return_inverse=True)
-        by_row = embedding_gradient(grad, rows, places, ctx.padding_idx)
-        compact = rows.new_full((height,), -1).index_copy_(0, rows, torch.arange(len(rows), device=rows.device))
-        row = torch.div(positions, width, rounding_mode="floor")
-        start = compact.index_select(0, row)
-        used = torch.nonzero(start >= 0).squeeze(1)  # of the values, those in rows of the batch
-        column = (positions - row * width).index_select(0, used)
-        part = torch.take(by_row, start.index_select(0, used) * width + column)
-        return None, None, torch.zeros_like(values).index_copy_(0, used, part.to(values.dtype)), None, None
+        rows, places, which, local, values = ctx.saved_tensors
+        by_row = embedding_gradient(grad, rows, places, ctx.padding_idx).view(-1)
+        by_values = torch.zeros_like(values).scatter_(0, which, by_row.index_select(0, local).to(values.dtype))
+        return None, None, by_values, None, None
 
 
 def patched_linear(
@@ -213,6 +225,7 @@ def patched_linear(
     return _PatchedLinear.apply(x, bias, diff.values, weight, diff.positions, pattern)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def patched_embedding(ids: Tensor, padding_idx: int | None, weight: Tensor, diff: Diff) -> Tensor:
-    """`torch.nn.functional.embedding` of `ids` with `diff` added to `weight` (rows, width), differentiable in the diff's values."""
-    return _PatchedEmbedding.apply(ids, padding_idx, diff.values, weight, diff.positions)  # type: ignore[no-any-return,no-untyped-call]
+def patched_embedding(ids: Tensor, padding_idx: int | None, weight: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
+    """`torch.nn.functional.embedding` of `ids` with `values` added to `weight` (rows, width) where `pattern` says, differentiable in
+    the values. Only the rows of the batch are looked at; the weight is not touched."""
+    return _PatchedEmbedding.apply(ids, padding_idx, values, weight, pattern)  # type: ignore[no-any-return,no-untyped-call]

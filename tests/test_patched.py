@@ -68,7 +68,7 @@ def test_a_patched_embedding_is_one_with_the_sum(device, padding_idx):
     before, ids = weight.clone(), torch.tensor([[1, 3, 3], [9, 1, 0]], device=device)
     upstream, results = torch.randn(2, 3, 6, device=device), []
     for function in (
-        lambda: patched_embedding(ids, padding_idx, weight, diff),
+        lambda: patched_embedding(ids, padding_idx, weight, diff.values, Pattern.of(diff.positions, weight.shape)),
         lambda: functional.embedding(ids, sparse_parameter(weight, *diff), padding_idx),
     ):
         diff.values.grad = None
