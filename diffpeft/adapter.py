@@ -108,7 +108,7 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
         """Shapes of the parameters that this layer adapts, by their name in the module."""
         self.quantization_backend = _backend(base_layer)
         for name in self._all_names():
-            setattr(self, name, nn.ModuleDict())
+            self.__dict__[name] = {}  # until there is something to hold: a module costs time in every search
         self.configs: dict[str, DiffPruningConfig] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -199,9 +199,9 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
                 group_log_alpha[name] = nn.Parameter(torch.full_like(zero, config.init_log_alpha))
                 moments[2][name], moments[3][name] = zero, zero.clone()
         for attribute, tensors in zip(GATING_PARAMETERS, (w, log_alpha, group_log_alpha), strict=True):
-            getattr(self, attribute)[adapter_name] = tensors
+            self._hold(attribute, adapter_name, tensors)
         for attribute, buffers in zip(GATING_BUFFERS, moments, strict=True):
-            getattr(self, attribute)[adapter_name] = buffers
+            self._hold(attribute, adapter_name, buffers)
         self._set_trainable(adapter_name)
 
     def start_fixmask(self, adapter_name: str, nnz: dict[str, int]) -> None:
@@ -225,9 +225,14 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
             values[name] = nn.Parameter(unknown if not random else torch.randn_like(unknown).mul_(0.02))
             size = self._buffer_size(adapter_name, name, count)
             packed[name] = torch.zeros(size, dtype=torch.uint8, device=self._device())
-        getattr(self, VALUES)[adapter_name] = values
-        getattr(self, POSITIONS)[adapter_name] = packed
+        self._hold(VALUES, adapter_name, values)
+        self._hold(POSITIONS, adapter_name, packed)
         self._set_trainable(adapter_name)
+
+    def _hold(self, attribute: str, adapter_name: str, tensors: nn.Module) -> None:
+        if attribute not in self._modules:
+            setattr(self, attribute, nn.ModuleDict())
+        getattr(self, attribute)[adapter_name] = tensors
 
     def _buffer_size(self, adapter_name: str, name: str, count: int) -> int:
         return buffer_size(count, self.shapes[name].numel(), self.configs[adapter_name].value_dtype)

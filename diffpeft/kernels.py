@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 WORTH_FUSING = 1 << 20
 """Gates of an adapter from which on a compiler's time pays."""
+WORTH_THREADS = 1 << 15
+"""Elements from which on several threads are faster than one."""
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 _SMALLEST = 1e-30
@@ -126,12 +128,57 @@ def _adam(
 
 
 @functools.cache
-def _compiled(chain: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(chain, dynamic=True)
+def _compiled(chain: Callable[..., Any], threads: int) -> Callable[..., Any]:
+    # The size that comes first decides whether a loop is parallel, and the compiler's cache on disk does not know for how
+    # many threads: so the number is said, and small tensors have a loop of their own.
+    compiled = torch.compile(chain, options={"cpp.threads": threads})
+    marked = False
+
+    def call(*arguments: Any) -> Any:
+        nonlocal marked
+        if not marked:  # sizes vary; all else, like the stretch, goes into the code as constants
+            for tensor in arguments:
+                if isinstance(tensor, Tensor):
+                    torch._dynamo.mark_dynamic(tensor, [d for d, size in enumerate(tensor.shape) if size > 8])
+            marked = True
+        return compiled(*arguments)
+
+    return call
 
 
 _broken: list[BaseException] = []
 """Why nothing is compiled in this process any more."""
+
+
+def _compile_and_run(chain: Callable[..., Any], first: Tensor, *others: Any) -> tuple[bool, Any]:
+    """Whether there is a compiler, and what the chain returns then."""
+    if _broken:
+        return False, None
+    try:
+        threads = torch.get_num_threads() if first.numel() >= WORTH_THREADS else 1
+        return True, _compiled(chain, threads)(first, *others)
+    except torch.OutOfMemoryError:
+        raise
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, OSError, ImportError) as error:
+        # A chain fails when it is compiled, before it has written anything. What is wrong with its arguments shows in eager mode.
+        _broken.append(error)
+        logger.warning(
+            "gates and diffs run eagerly, several times slower: torch.compile fails with %s: %s. It takes a C++ compiler and "
+            "Python's headers on a CPU, Triton on a GPU",
+            type(error).__name__,
+            str(error).strip().partition("\n")[0],
+        )
+        return False, None
+
+
+def _turned(x: Tensor) -> Tensor:
+    return x.t().contiguous()
+
+
+def turned(x: Tensor, fused: bool = False) -> Tensor:
+    """The transpose of a matrix, laid out anew: a compiler's is several times as fast on a CPU."""
+    done, result = _compile_and_run(_turned, x.detach()) if fused and min(x.shape) > 8 else (False, None)
+    return result if done else _turned(x)  # type: ignore[no-any-return]
 
 
 def _run(chain: Callable[..., Any], fused: bool, tensors: Sequence[Tensor], *settings: Any, whole: bool = False) -> Any:
@@ -143,20 +190,10 @@ def _run(chain: Callable[..., Any], fused: bool, tensors: Sequence[Tensor], *set
     flat = all(tensor.is_contiguous() for tensor in tensors)
     if flat and not whole:
         tensors = [tensor.view(-1) for tensor in tensors]
-    if fused and flat and tensors[0].numel() > 1 and not _broken:
-        try:
-            return _compiled(chain)(*tensors, 0, *settings)
-        except torch.OutOfMemoryError:
-            raise
-        except (torch._dynamo.exc.TorchDynamoException, RuntimeError, OSError, ImportError) as error:
-            # A chain fails when it is compiled, before it has written anything. What is wrong with its arguments shows below.
-            _broken.append(error)
-            logger.warning(
-                "the gates run eagerly, several times slower: torch.compile fails with %s: %s. It takes a C++ compiler and "
-                "Python's headers on a CPU, Triton on a GPU",
-                type(error).__name__,
-                str(error).strip().partition("\n")[0],
-            )
+    if fused and flat and tensors[0].numel() > 1:
+        done, result = _compile_and_run(chain, *tensors, 0, *settings)
+        if done:
+            return result
     if not flat or whole or tensors[0].device.type != "cpu" or tensors[0].numel() <= PIECE:
         return chain(*tensors, 0, *settings)
     results, start = [], 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -21,6 +20,9 @@ from diffpeft.noise import NoisePass, remove_hooks
 from diffpeft.patched import Diff, Patch, can_be_patched, patched_embedding, patched_linear, sampling_pays
 from diffpeft.sampled import Sample, sampled_embedding, sampled_linear, sampled_parameter
 from diffpeft.sharding import check_whole
+
+MANY = 1 << 20
+"""Elements of an embedding beyond which the rows of a batch are made, and no others."""
 
 
 class _Merge(NamedTuple):
@@ -59,6 +61,7 @@ class DiffPruningLayer(AdapterTensors):
         """Modules that have a parameter of this layer too and are not adapted, by the parameter's name."""
         self.tied_layers: dict[str, list[DiffPruningLayer]] = {}
         """Layers that have a parameter of this layer as a tie, by its name."""
+        self._patchable_at: list[int] = []  # addresses of parameters that can be patched
         self._merges: list[_Merge] = []
         self._running: dict[str, tuple[Tensor, Tensor]] = {}  # effective and plain parameters
         self.train(base_layer.training)
@@ -72,7 +75,6 @@ class DiffPruningLayer(AdapterTensors):
 
     def enable_adapters(self, enabled: bool) -> None:
         """As PEFT's; what is merged is taken out first, since the base is read without running its module too."""
-        self.noise.patch.undo()
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
@@ -119,7 +121,7 @@ class DiffPruningLayer(AdapterTensors):
 
     def _selected(self, name: str, targeting: Collection[str]) -> list[str]:
         """The adapters, of those that target the reading module, that change parameter `name` just now."""
-        if self.disable_adapters or self.merged or (self.noise.patch.active and not self.passes_by_row):
+        if self.disable_adapters or self.merged:
             return []
         selected = self.active_adapters if self.mixed is None else self.mixed.selected(self, name)
         return [adapter for adapter in selected if adapter in targeting and self.changes(adapter, name)]
@@ -154,8 +156,6 @@ class DiffPruningLayer(AdapterTensors):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the wrapped module, hooks and all, with its effective parameters."""
-        if self.noise.patch.active and not self.passes_by_row:
-            return self.base_layer(*args, **kwargs)
         if self.merged_adapters:
             if self._disable_adapters:
                 self.unmerge()
@@ -192,61 +192,45 @@ class DiffPruningLayer(AdapterTensors):
 
         A module that has no children reads its parameters only while it runs, so that finished diffs can be patched in.
         """
-        module = self.base_layer
+        module: Any = self.base_layer
         if module._modules or self.quantized or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return None
-        output, kind = None, type(module)
+        kind = type(module)
         if kind in (nn.Linear, nn.Embedding) and len(args) == 1 and not kwargs and _is_plain(module):
-            selected = self._selected("weight", self.configs)
+            by_row = kind is nn.Embedding and module.weight.numel() > MANY
+            selected = self._selected("weight", self.configs) if by_row or torch.is_grad_enabled() else []
             if len(selected) == 1 and "weight" in self.shapes:
-                if kind is nn.Embedding:
-                    output = self._embedding(selected[0], *args)
-                elif torch.is_grad_enabled():
-                    output = self._linear(selected[0], *args)
-        patches = None if output is not None or torch.is_grad_enabled() else self._patches()
-        if patches is None:
-            return output
-        with ExitStack() as stack:
-            for patch in patches:
-                stack.enter_context(patch)
+                run = self._linear if kind is nn.Linear else self._embedding
+                output = run(selected[0], *args)
+                if output is not None:
+                    return output
+        patch = None if torch.is_grad_enabled() else self._patch()
+        if patch is None:
+            return None
+        with patch:
             return module(*args, **kwargs)
 
-    def _patches(self) -> list[Patch] | None:
-        """What to have in the module's parameters while it runs; None if that is not all of it."""
-        patches = []
-        for name, parameter in self.base_layer._parameters.items():
-            for adapter_name in self._selected(name, self.configs):
-                finished = adapter_name in self.diffpruning_values and name in self.shapes
-                if not finished or parameter is None or not can_be_patched(parameter):
-                    return None
-                patches.append(Patch(parameter, *self._diff(adapter_name, name)))
-        return patches
-
-    @property
-    def passes_by_row(self) -> bool:
-        """Whether a pass reads so few rows of the weight that the others are left alone."""
-        return type(self.base_layer) is nn.Embedding and not self.tied_layers
-
-    def for_one_pass(self) -> list[tuple[Tensor, Tensor, Tensor]] | None:
-        """(weight, values, positions) of what the active adapter would write into the parameters for one pass without
-        gradients; None where they may not be overwritten or it is not finished."""
-        if self.merged_adapters or self._disable_adapters or self.quantized or self.mixed is not None:
-            return None
-        own = self._own()
+    def _patch(self) -> Patch | None:
+        """What to have in the module's parameters while it runs without gradients; None if that is not all of it."""
+        own: dict[str, nn.Parameter] = self._modules["base_layer"]._parameters  # type: ignore[union-attr,assignment]
+        addresses = [parameter.data_ptr() for parameter in own.values() if parameter is not None]
+        if self._patchable_at != addresses:  # parameters that are shared or laid out anew are elsewhere
+            if not all(parameter is None or can_be_patched(parameter) for parameter in own.values()):
+                return None
+            self._patchable_at = addresses
         active = self.active_adapters
-        if len(active) != 1 or active[0] in self.diffpruning_w or "_hf_hook" in self.base_layer.__dict__:
-            return None
-        if self.passes_by_row or active[0] not in self.configs:
-            return []
-        if not all(parameter is None or can_be_patched(parameter) for parameter in own.values()):
-            return None
-        try:
-            self._check_mergeable(active[0])
-            return [(own[name], values, where) for name, values, where in self.fixed(active[0])]
-        except (
-            ValueError
-        ):  # modules outside of the adapter have a parameter too, or the diff is damaged: running it tells
-            return None
+        if len(active) == 1 and self.mixed is None and not self.ties:
+            if active[0] in self.diffpruning_w:
+                return None
+            fixed = self.fixed(active[0]) if active[0] in self.configs else ()
+            return Patch([(own[name], values, positions) for name, values, positions in fixed])
+        diffs = []
+        for name, parameter in own.items():
+            for adapter_name in self._selected(name, self.configs):
+                if adapter_name not in self.diffpruning_values or name not in self.shapes or parameter is None:
+                    return None
+                diffs.append((parameter, *self._diff(adapter_name, name)))
+        return Patch(diffs)
 
     def _diff(self, adapter_name: str, name: str) -> Diff:
         return Diff(self.kept_values(adapter_name, name), self.positions(adapter_name, name))
@@ -262,7 +246,7 @@ class DiffPruningLayer(AdapterTensors):
             diff = self._diff(adapter_name, "weight")
             sampling = sampling_pays(diff.values.numel(), module.weight.shape, x)
             pattern = self.pattern(adapter_name, "weight") if sampling else None
-            return patched_linear(x, self._read("bias"), module.weight, diff, pattern)
+            return patched_linear(x, self._read("bias"), module.weight, diff, pattern, self.fused)
         if not self._samples(adapter_name, "weight"):
             return None
         sample = self._sample(adapter_name, "weight")  # before the bias's
@@ -339,28 +323,18 @@ class DiffPruningLayer(AdapterTensors):
                 raise
             return self._read(name)
 
-    def _clear(self, adapter_name: str) -> None:
-        self.noise.patch.undo()
-        super()._clear(adapter_name)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove the adapter's tensors (PEFT's hook)."""
-        self.noise.patch.undo()
-        super().delete_adapter(adapter_name)
-
     # Merging
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's, which takes most of the time of a switch between merged adapters: parameters are looked up directly."""
-        self.noise.patch.undo()
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if self.disable_adapters or self.frozen_peft_weight_names:
             super().set_adapter(names, inference_mode)
             return
         for attribute in self.adapter_layer_names:
-            for adapter_name, tensors in cast(nn.ModuleDict, self._modules[attribute])._modules.items():
+            for adapter_name, tensors in getattr(self, attribute).items():
                 trains = adapter_name in names and not inference_mode
-                for parameter in cast(nn.ParameterDict, tensors)._parameters.values():
+                for parameter in tensors._parameters.values():
                     if parameter is not None and parameter.requires_grad is not trains and parameter.is_leaf:
                         parameter.requires_grad_(trains)
         self._active_adapter = names
@@ -373,7 +347,6 @@ class DiffPruningLayer(AdapterTensors):
         Raises:
             ValueError: with `safe_merge`, where the result would not be finite; nothing is written then.
         """
-        self.noise.patch.undo()
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.configs:
                 continue

@@ -69,6 +69,13 @@ class DiffPruningModel(Serving):
 
     def num_base_parameters(self) -> int:
         """Parameters of the base model, adapted or not, tied ones once, heads in `modules_to_save` not counted."""
+        adapters = tuple(self.peft_config)  # with them come and go the heads that are trained whole
+        counted: tuple[tuple[str, ...], int] | None = self.__dict__.get("_counted")
+        if counted is None or counted[0] != adapters:
+            counted = self.__dict__["_counted"] = adapters, self._count_base_parameters()
+        return counted[1]
+
+    def _count_base_parameters(self) -> int:
         packed = {id(p): module for module in self.model.modules() if is_quantized(module) for p in [module.weight]}
         return sum(
             own_shapes(packed[id(p)])["weight"].numel() if id(p) in packed else p.numel()
@@ -153,27 +160,20 @@ class DiffPruningModel(Serving):
     def expected_nonzeros(self, adapter_name: str | None = None) -> float:
         """Expected number of nonzeros of the diff: sum over elements of P(element open) P(group open)."""
         name = self._name(adapter_name)
-        if not self.is_gated(name):
-            return float(self._count(name))
         groups = self._groups(name, with_gradient=False)
-        return gate_update.expected_nonzeros(groups, self.peft_config[name].stretch, self._open_elements(name))
+        if not groups:
+            return float(self._count(name))
+        return gate_update.expected_nonzeros(groups, self.peft_config[name].stretch, self._open_elements(name, groups))
 
-    def _locations(self, adapter_name: str) -> list[tuple[int, int]]:
-        """What changes when the gates do."""
-        pairs = [pair for layer in self._layers(adapter_name) for pair in layer.gates(adapter_name).values()]
-        return [(elements.log_alpha._version, elements.log_alpha.data_ptr()) for elements, _ in pairs]
-
-    def _open_elements(self, adapter_name: str) -> Tensor:
+    def _open_elements(self, adapter_name: str, groups: Sequence[gate_update.Group]) -> Tensor:
         """Sum of P(element open) of each group: counted once for as long as no gate moves."""
-        locations, elements = self.__dict__.get("_opened", (None, None))
-        if elements is None or locations != self._locations(adapter_name):
-            groups = self._groups(adapter_name, with_gradient=False)
-            elements = gate_update.open_elements(
-                groups, self.peft_config[adapter_name].stretch, self._is_fused(adapter_name)
-            )
-            self.__dict__["_opened"] = self._locations(adapter_name), elements
-        found: Tensor = elements
-        return found
+        places = [(g.elements.log_alpha._version, g.elements.log_alpha.data_ptr()) for g in groups]
+        counted: tuple[Any, Tensor] | None = self.__dict__.get("_opened")
+        if counted is None or counted[0] != places:
+            stretch = self.peft_config[adapter_name].stretch
+            elements = gate_update.open_elements(groups, stretch, self._is_fused(adapter_name))
+            counted = self.__dict__["_opened"] = places, elements
+        return counted[1]
 
     def expected_density(self, adapter_name: str | None = None) -> float:
         """Expected nonzeros as a share of all base parameters, adapted or not."""
@@ -228,7 +228,7 @@ class DiffPruningModel(Serving):
         l0_lambda, fused = math.nan, self._is_fused(name)
         if bool(torch.isfinite(torch.stack([group.elements.grad.sum() for group in groups]).sum())):
             if config.l0_lambda == "auto":
-                total, elements = self.num_base_parameters(), self._open_elements(name)
+                total, elements = self.num_base_parameters(), self._open_elements(name, groups)
                 expected = gate_update.expected_nonzeros(groups, config.stretch, elements)
                 start = self._count(name) * float(
                     torch.sigmoid(gates.open_logit(torch.tensor(config.init_log_alpha), config.stretch))

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpeft.patched import ModelPatch
 from diffpeft.scratch import Scratch
 
 NOISE_MARGIN = 1e-4
@@ -83,12 +82,9 @@ class NoisePass:
     def __init__(self) -> None:
         self.scratch = Scratch()
         """For what the layers of the model, one after the other, need while they run."""
-        self.patch = ModelPatch()
-        """Finished diffs in the weights of the model while it runs."""
         self._first: dict[Hashable, Tensor] | None = None
         self._aliases: dict[int, Tensor] = {}
         self._runs_in: dict[str, int] = {}  # a dict, because its setdefault cannot be interrupted
-        self._held_by: int | None = None  # the thread to which the model belongs between passes too
 
     def watch(self, model: nn.Module) -> None:
         """A pass is one call of `model`."""
@@ -102,7 +98,7 @@ class NoisePass:
     def _begin(self, module: nn.Module, args: Sequence[Any]) -> None:
         if not torch.compiler.is_compiling():
             mine = threading.get_ident()
-            if self._runs_in.setdefault("thread", mine) != mine or (self._held_by or mine) != mine:
+            if self._runs_in.setdefault("thread", mine) != mine:
                 # Modules hold effective parameters while they run: a second thread would take these for the base's.
                 raise RuntimeError(
                     "two threads run this model at once, but a model with diffs runs in one at a time; hold a lock around "
@@ -116,10 +112,6 @@ class NoisePass:
                 return  # the pass that was refused
             self._runs_in.clear()
         self._first = None
-
-    def hold(self, held: bool) -> None:
-        """Keep other threads from running the model, between this thread's passes too; or let them again."""
-        self._held_by = threading.get_ident() if held else None
 
     def seed(self, key: Hashable) -> Tensor:
         """The seed of the parameter that `key` stands for."""

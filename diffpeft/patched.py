@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from diffpeft.autograd import compute_dtype, embedding_gradient
+from diffpeft.kernels import turned
 
 
 def can_be_patched(weight: Tensor) -> bool:
@@ -31,69 +32,38 @@ def can_be_patched(weight: Tensor) -> bool:
 
 
 class Patch:
-    """Within the block, `weight` has `values` added at flat `positions`, rounded once as merging does.
+    """Within the block, each `weight` has `values` added at flat `positions`, rounded once as merging does.
 
-    Autograd's version of the weight stays as it is: it does not change for whoever kept it.
+    Autograd's version of a weight stays as it is: it does not change for whoever kept it.
+
+    Args:
+        diffs: (weight, values, positions) of each; several of one weight add up in their order.
     """
 
-    def __init__(self, weight: Tensor, values: Tensor, positions: Tensor) -> None:
-        self._flat = weight.data.view(-1)
-        self._positions = positions
-        self._values = values.detach()
+    def __init__(self, diffs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+        self._diffs = diffs
+        self._old: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __enter__(self) -> None:
-        self._old = self._flat.index_select(0, self._positions)
-        self._flat.scatter_(0, self._positions, (self._old + self._values).to(self._flat.dtype))
+        try:
+            for weight, values, positions in self._diffs:
+                flat = weight.data.view(-1)
+                old = flat.index_select(0, positions)
+                new = (old + values.detach()).to(flat.dtype)
+                self._old.append((flat, positions, old))
+                flat.scatter_(0, positions, new)
+        except BaseException:
+            self._undo()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._flat.scatter_(0, self._positions, self._old)
+        self._undo()
 
-
-class ModelPatch:
-    """Finished diffs that stand in the weights of a whole model for as long as it runs; one for all its layers.
-
-    Whatever changes which diffs count calls [`undo`] first.
-    """
-
-    def __init__(self) -> None:
-        self._entries: list[tuple[Tensor, Tensor, Tensor]] = []  # flat weight, positions, what stood there
-        self.active = False
-
-    def apply(self, diffs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Add (weight, values, positions) of each parameter, of which none occurs twice; all of them or, after an error, none."""
-        flats = [weight.data.view(-1) for weight, _, _ in diffs]
-        olds = [flat.index_select(0, where) for flat, (_, _, where) in zip(flats, diffs, strict=True)]
-        values = [values.detach() for _, values, _ in diffs]
-        if any(old.dtype != value.dtype for old, value in zip(olds, values, strict=True)):
-            news = [(old + value).to(old.dtype) for old, value in zip(olds, values, strict=True)]
-        else:
-            news = list(torch._foreach_add(olds, values)) if olds else []
-        self.active = True
-        try:
-            for flat, (_, _, where), old, new in zip(flats, diffs, olds, news, strict=True):
-                self._entries.append((flat, where, old))
-                flat.scatter_(0, where, new)
-        except BaseException:
-            self.undo()
-            raise
-
-    def undo(self) -> None:
-        """Restore the weights to the bit, if anything stands in them."""
-        if self.active:
-            for flat, positions, old in self._entries:
-                flat.scatter_(0, positions, old)
-            self._entries = []  # only now: after an interruption in between all of it can be done again
-            self.active = False
-
-    def __deepcopy__(self, memo: Any) -> ModelPatch:
-        self.undo()  # nobody would restore a copy of a weight that is patched
-        return ModelPatch()
-
-    def __reduce__(self) -> Any:
-        self.undo()
-        return ModelPatch, ()
+    def _undo(self) -> None:
+        for flat, positions, old in reversed(self._old):
+            flat.scatter_(0, positions, old)
 
 
 class Diff(NamedTuple):
@@ -146,15 +116,17 @@ def _accept_beta() -> None:
         )
 
 
-def gradient_at(grad: Tensor, x: Tensor, values: Tensor, positions: Tensor, pattern: Pattern | None) -> Tensor:
+def gradient_at(
+    grad: Tensor, x: Tensor, values: Tensor, positions: Tensor, pattern: Pattern | None, fused: bool = False
+) -> Tensor:
     """grad^T x, grad (n, out) and x (n, in), at flat `positions`: shape (k,); with a pattern, nowhere else."""
     if pattern is None:
         return torch.take(grad.t() @ x, positions)
     _accept_beta()
     size = (grad.shape[1], x.shape[1])
     places = torch.sparse_csr_tensor(*pattern, values.detach(), size, check_invariants=False)
-    turned = x.t().contiguous().t()  # its rows are read as columns
-    product: Tensor = torch.sparse.sampled_addmm(places, grad.t().contiguous(), turned, beta=0.0)
+    own, other = turned(grad, fused), turned(x, fused).t()  # it reads rows of the one and columns of the other
+    product: Tensor = torch.sparse.sampled_addmm(places, own, other, beta=0.0)
     return product.values()
 
 
@@ -168,13 +140,14 @@ class _PatchedLinear(torch.autograd.Function):
         weight: Tensor,
         positions: Tensor,
         pattern: Pattern | None,
+        fused: bool,
     ) -> Tensor:
         dtype = compute_dtype(x, weight)
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         x = x.to(dtype)
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, positions)
-        ctx.weight, ctx.pattern = weight, pattern
-        with Patch(weight, values, positions):
+        ctx.weight, ctx.pattern, ctx.fused = weight, pattern, fused
+        with Patch([(weight, values, positions)]):
             return functional.linear(x, weight.data.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
@@ -183,14 +156,15 @@ class _PatchedLinear(torch.autograd.Function):
         x, values, positions = ctx.saved_tensors
         by_x = by_bias = by_values = None
         if ctx.needs_input_grad[0]:
-            with Patch(ctx.weight, values, positions):
+            with Patch([(ctx.weight, values, positions)]):
                 by_x = (grad @ ctx.weight.data.to(grad.dtype)).to(ctx.dtypes[0])
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
             by_bias = rows.sum(0).to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
-            by_values = gradient_at(rows, x.reshape(-1, x.shape[-1]), values, positions, ctx.pattern).to(values.dtype)
-        return by_x, by_bias, by_values, None, None, None
+            x = x.reshape(-1, x.shape[-1])
+            by_values = gradient_at(rows, x, values, positions, ctx.pattern, ctx.fused).to(values.dtype)
+        return by_x, by_bias, by_values, None, None, None, None
 
 
 class _PatchedEmbedding(torch.autograd.Function):
@@ -218,11 +192,11 @@ class _PatchedEmbedding(torch.autograd.Function):
 
 
 def patched_linear(
-    x: Tensor, bias: Tensor | None, weight: Tensor, diff: Diff, pattern: Pattern | None = None
+    x: Tensor, bias: Tensor | None, weight: Tensor, diff: Diff, pattern: Pattern | None = None, fused: bool = False
 ) -> Tensor:
     """`torch.nn.functional.linear` of `x` (..., in) with `diff` added to `weight` (out, in), differentiable in `x`, `bias` and the
-    diff's values. With a `pattern` of its positions the values' gradient is computed at these alone."""
-    return _PatchedLinear.apply(x, bias, diff.values, weight, diff.positions, pattern)  # type: ignore[no-any-return,no-untyped-call]
+    diff's values. With a `pattern` of its positions the values' gradient is computed at these alone; `fused` says whether to compile."""
+    return _PatchedLinear.apply(x, bias, diff.values, weight, diff.positions, pattern, fused)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def patched_embedding(ids: Tensor, padding_idx: int | None, weight: Tensor, values: Tensor, pattern: Pattern) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from diffpeft import kernels
 from diffpeft.autograd import compute_dtype, embedding_gradient
-from diffpeft.gates import Stretch, gate_slope, stretch_and_clamp
+from diffpeft.gates import Stretch, stretch_and_clamp
 from diffpeft.noise import parts, uniform, uniform_at
 from diffpeft.scratch import Scratch
 
@@ -69,7 +69,9 @@ class _Gates:
         by_w, by_log_alpha, total = kernels.gradients(grad, w, log_alpha, self.whole, self.seed, stretch, rows, fused)
         if self.group_s is None:
             return by_w, by_log_alpha, None
-        return by_w, by_log_alpha, total * gate_slope(self.group_s, stretch)
+        inside = (self.whole > 0) & (self.whole < 1)
+        slope = (1 - self.group_s) * self.group_s * ((stretch[1] - stretch[0]) * inside)
+        return by_w, by_log_alpha, total * slope
 
 
 class _SampledParameter(torch.autograd.Function):

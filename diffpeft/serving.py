@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
@@ -27,8 +26,7 @@ class Serving(Injection):
         """PEFT's hook around forward and generate: takes `adapter_names`, an adapter's name or "__base__" a row."""
         names = kwargs.get("adapter_names")
         if names is None:
-            with self._merged_for_now():
-                yield
+            yield
             return
         self._check_mixed(names)
         layers, root = list(self.all_layers()), getattr(self.model, RootParameters.NAME, None)
@@ -48,25 +46,6 @@ class Serving(Injection):
         finally:
             for layer in layers:
                 layer.mixed = None
-
-    @contextmanager
-    def _merged_for_now(self) -> Iterator[None]:
-        """Without gradients, a pass or a whole generation runs on weights that are merged for as long as it takes: the result is
-        the same to the bit, and no layer has anything to do."""
-        layers = [] if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.all_layers()
-        diffs = [layer.for_one_pass() for layer in layers]
-        whole = [diff for diff in diffs if diff is not None]
-        if not layers or len(whole) < len(layers) or layers[0].noise.patch.active:
-            yield
-            return
-        noise = layers[0].noise
-        noise.hold(True)
-        try:
-            noise.patch.apply([entry for diff in whole for entry in diff])
-            yield
-        finally:
-            noise.patch.undo()
-            noise.hold(False)
 
     def _check_mixed(self, names: Sequence[str]) -> None:
         if isinstance(names, str) or not all(isinstance(name, str) for name in names) or not names:

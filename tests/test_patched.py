@@ -106,7 +106,7 @@ def test_a_patch_is_undone_to_the_bit_also_after_an_error(device, dtype):
     seen = []
 
     def fail() -> None:
-        with Patch(weight, *diff):
+        with Patch([(weight, *diff)]):
             seen.append(weight.clone())
             raise KeyError
 
@@ -114,7 +114,7 @@ def test_a_patch_is_undone_to_the_bit_also_after_an_error(device, dtype):
         fail()
     assert torch.equal(seen[0], expected)
     assert torch.equal(weight, before)
-    with Patch(weight, *diff), Patch(weight, *diff):
+    with Patch([(weight, *diff)] * 2):
         assert not torch.equal(weight, expected)
     assert torch.equal(weight, before)
 
@@ -197,7 +197,7 @@ def test_a_dtype_that_does_not_fit_is_refused_as_by_the_plain_layer():
 @pytest.mark.parametrize("hooked", ["forward", "pre"])
 def test_hooks_of_the_wrapped_module_run(hooked):
     model, seen = pruned(nn.Sequential(nn.Linear(4, 4))), []
-    inner = next(model.base_model.all_layers()).base_layer
+    inner = model.base_model.all_layers()[0].base_layer
     if hooked == "forward":
         inner.register_forward_hook(lambda *_: seen.append(1))
     else:
