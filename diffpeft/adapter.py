@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,6 +27,9 @@ GATING_BUFFERS = (
 )
 VALUES = "diffpruning_values"
 POSITIONS = "diffpruning_positions"
+
+
+_births = itertools.count()
 
 
 class GateTensors(NamedTuple):
@@ -110,6 +114,8 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
         for name in self._all_names():
             self.__dict__[name] = {}  # until there is something to hold: a module costs time in every search
         self.configs: dict[str, DiffPruningConfig] = {}
+        self.gates_born: dict[str, int] = {}
+        """A number of its own each time that an adapter's gates are made: their memory may be that of others before."""
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._trained: set[str] = set()  # while adapters are disabled: those that train otherwise
@@ -198,6 +204,7 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
                 zero = zeros.new_zeros(1)
                 group_log_alpha[name] = nn.Parameter(torch.full_like(zero, config.init_log_alpha))
                 moments[2][name], moments[3][name] = zero, zero.clone()
+        self.gates_born[adapter_name] = next(_births)
         for attribute, tensors in zip(GATING_PARAMETERS, (w, log_alpha, group_log_alpha), strict=True):
             self._hold(attribute, adapter_name, tensors)
         for attribute, buffers in zip(GATING_BUFFERS, moments, strict=True):

@@ -178,7 +178,8 @@ def _turned(x: Tensor) -> Tensor:
 def turned(x: Tensor, fused: bool = False) -> Tensor:
     """The transpose of a matrix, laid out anew: a compiler's is several times as fast on a CPU."""
     done, result = _compile_and_run(_turned, x.detach()) if fused and min(x.shape) > 8 else (False, None)
-    return result if done else _turned(x)  # type: ignore[no-any-return]
+    layout: Tensor = result if done and result is not None else _turned(x)
+    return layout
 
 
 def _run(chain: Callable[..., Any], fused: bool, tensors: Sequence[Tensor], *settings: Any, whole: bool = False) -> Any:

@@ -167,7 +167,8 @@ class DiffPruningModel(Serving):
 
     def _open_elements(self, adapter_name: str, groups: Sequence[gate_update.Group]) -> Tensor:
         """Sum of P(element open) of each group: counted once for as long as no gate moves."""
-        places = [(g.elements.log_alpha._version, g.elements.log_alpha.data_ptr()) for g in groups]
+        born = [layer.gates_born.get(adapter_name) for layer in self._layers(adapter_name)]
+        places = born, [(g.elements.log_alpha._version, g.elements.log_alpha.data_ptr()) for g in groups]
         counted: tuple[Any, Tensor] | None = self.__dict__.get("_opened")
         if counted is None or counted[0] != places:
             stretch = self.peft_config[adapter_name].stretch

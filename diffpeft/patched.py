@@ -79,15 +79,15 @@ class Pattern(NamedTuple):
     """The positions in a matrix as compressed sparse rows."""
 
     offsets: Tensor
-    """int64, shape (rows + 1,)."""
+    """int32, shape (rows + 1,)."""
     columns: Tensor
-    """int64, shape (k,)."""
+    """int32, shape (k,)."""
 
     @classmethod
     def of(cls, positions: Tensor, shape: torch.Size) -> Pattern:
         """Of sorted flat positions in a matrix."""
         rows = torch.arange(shape[0] + 1, device=positions.device) * shape[1]
-        return cls(torch.searchsorted(positions, rows), positions % shape[1])
+        return cls(torch.searchsorted(positions, rows, out_int32=True), (positions % shape[1]).to(torch.int32))
 
     def of_rows(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """Which of the k positions lie in some rows, and where they lie in a matrix of these rows alone, flat."""
@@ -97,6 +97,10 @@ class Pattern(NamedTuple):
         before = count.cumsum(0) - count
         which = torch.arange(len(row), device=rows.device) + (start - before).index_select(0, row)
         return which, row * width + self.columns.index_select(0, which)
+
+
+CHUNK = 1 << 20
+"""Entries of both operands that are turned round at a time."""
 
 
 def sampling_pays(k: int, shape: torch.Size, grad: Tensor) -> bool:
@@ -123,11 +127,16 @@ def gradient_at(
     if pattern is None:
         return torch.take(grad.t() @ x, positions)
     _accept_beta()
-    size = (grad.shape[1], x.shape[1])
-    places = torch.sparse_csr_tensor(*pattern, values.detach(), size, check_invariants=False)
-    own, other = turned(grad, fused), turned(x, fused).t()  # it reads rows of the one and columns of the other
-    product: Tensor = torch.sparse.sampled_addmm(places, own, other, beta=0.0)
-    return product.values()
+    size, found = (grad.shape[1], x.shape[1]), values.detach()
+    rows = max(64, CHUNK // sum(size))
+    for part, (own, other) in enumerate(zip(grad.split(rows), x.split(rows), strict=True)):
+        places = torch.sparse_csr_tensor(*pattern, found, size, check_invariants=False)
+        # It reads rows of the one and columns of the other.
+        product = torch.sparse.sampled_addmm(
+            places, turned(own, fused), turned(other, fused).t(), beta=1.0 if part else 0.0
+        )
+        found = product.values()
+    return found
 
 
 class _PatchedLinear(torch.autograd.Function):
