@@ -166,7 +166,7 @@ class DiffPruningLayer(AdapterTensors):
         return self._forward(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.active_adapters and not (self.disable_adapters or self.merged or torch.compiler.is_compiling()):
+        if not (self._disable_adapters or self.merged_adapters or torch.compiler.is_compiling()):
             output = self._forward_lean(*args, **kwargs)
             if output is not None:
                 return output
@@ -192,13 +192,14 @@ class DiffPruningLayer(AdapterTensors):
 
         A module that has no children reads its parameters only while it runs, so that finished diffs can be patched in.
         """
-        module: Any = self.base_layer
+        module: Any = self._modules["base_layer"]
         if module._modules or self.quantized or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return None
-        kind = type(module)
-        if kind in (nn.Linear, nn.Embedding) and len(args) == 1 and not kwargs and _is_plain(module):
-            by_row = kind is nn.Embedding and module.weight.numel() > MANY
-            selected = self._selected("weight", self.configs) if by_row or torch.is_grad_enabled() else []
+        direct, kind = torch.is_grad_enabled(), type(module)
+        if kind is nn.Embedding and not direct:
+            direct = module.weight.numel() > MANY  # or else all of it would be patched for a few rows
+        if direct and kind in (nn.Linear, nn.Embedding) and len(args) == 1 and not kwargs and _is_plain(module):
+            selected = self._selected("weight", self.configs)
             if len(selected) == 1 and "weight" in self.shapes:
                 run = self._linear if kind is nn.Linear else self._embedding
                 output = run(selected[0], *args)

@@ -49,9 +49,9 @@ class Patch:
             for weight, values, positions in self._diffs:
                 flat = weight.data.view(-1)
                 old = flat.index_select(0, positions)
-                new = (old + values.detach()).to(flat.dtype)
+                new = old + values.data
                 self._old.append((flat, positions, old))
-                flat.scatter_(0, positions, new)
+                flat.scatter_(0, positions, new if new.dtype == old.dtype else new.to(old.dtype))
         except BaseException:
             self._undo()
             raise
@@ -129,7 +129,7 @@ def gradient_at(
     _accept_beta()
     size, found = (grad.shape[1], x.shape[1]), values.detach()
     rows = max(64, CHUNK // sum(size))
-    for part, (own, other) in enumerate(zip(grad.split(rows), x.split(rows), strict=True)):
+    for part, (own, other) in enumerate(zip(torch.split(grad, rows), torch.split(x, rows), strict=True)):
         places = torch.sparse_csr_tensor(*pattern, found, size, check_invariants=False)
         # It reads rows of the one and columns of the other.
         product = torch.sparse.sampled_addmm(
