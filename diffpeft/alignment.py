@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from diffpeft.checkpoint import Checkpoint
-from diffpeft.layer import RootParameters
+from diffpeft.root import RootParameters
 
 
 def align(old: Checkpoint, new: Checkpoint) -> dict[str, str]:

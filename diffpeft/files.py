@@ -19,8 +19,8 @@ from diffpeft.adapter import POSITIONS, VALUES
 from diffpeft.atomic import replace_adapter
 from diffpeft.checkpoint import parameter_shapes
 from diffpeft.config import DiffPruningConfig
-from diffpeft.layer import RootParameters
 from diffpeft.peft_type import DIFFPRUNING
+from diffpeft.root import RootParameters
 from diffpeft.seal import PART, canonical
 from diffpeft.values import VALUE_DTYPES, dtype_name, from_file, rounded, to_file
 

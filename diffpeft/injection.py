@@ -23,9 +23,10 @@ from diffpeft.adapter import POSITIONS, VALUES, own_shapes
 from diffpeft.config import DiffPruningConfig
 from diffpeft.head import FileCheck, fresh_head
 from diffpeft.kernels import WORTH_FUSING
-from diffpeft.layer import DiffPruningLayer, RootParameters
+from diffpeft.layer import DiffPruningLayer
 from diffpeft.noise import NoisePass
 from diffpeft.output import OutputLayer
+from diffpeft.root import RootParameters
 from diffpeft.seal import PART
 from diffpeft.sharding import check_whole, is_sharded
 

@@ -1,40 +1,29 @@
-"""One wrapped module of any type: its effective parameters, and merging them into the base and back."""
+"""One wrapped module of any type: its effective parameters, and running it with them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffpeft import gates
-from diffpeft.adapter import AdapterTensors
-from diffpeft.diff import add_, restore_, sparse_parameter
+from diffpeft.diff import sparse_parameter
+from diffpeft.merging import Mergeable
 from diffpeft.mixed import MixedBatch
-from diffpeft.noise import NoisePass, remove_hooks
+from diffpeft.noise import NoisePass
 from diffpeft.patched import Diff, Patch, can_be_patched, patched_embedding, patched_linear, sampling_pays
 from diffpeft.sampled import Sample, sampled_embedding, sampled_linear, sampled_parameter
-from diffpeft.sharding import check_whole
 
 MANY = 1 << 20
 """Elements of an embedding beyond which the rows of a batch are made, and no others."""
 
 
-class _Merge(NamedTuple):
-    """What a merge overwrote: `positions` None means the whole parameter."""
-
-    adapter_name: str
-    parameter_name: str
-    positions: Tensor | None
-    old: Tensor
-
-
-class DiffPruningLayer(AdapterTensors):
+class DiffPruningLayer(Mergeable):
     """Wraps a module and replaces its own parameters theta by theta + delta whenever it runs or they are read.
 
     Args:
@@ -57,12 +46,7 @@ class DiffPruningLayer(AdapterTensors):
         """Whether the gates' elementwise chains are compiled."""
         self.mixed: MixedBatch | None = None
         """Which rows of the batch belong to which adapter, while they differ."""
-        self.shared_with: dict[str, list[str]] = {}
-        """Modules that have a parameter of this layer too and are not adapted, by the parameter's name."""
-        self.tied_layers: dict[str, list[DiffPruningLayer]] = {}
-        """Layers that have a parameter of this layer as a tie, by its name."""
         self._patchable_at: list[int] = []  # addresses of parameters that can be patched
-        self._merges: list[_Merge] = []
         self._running: dict[str, tuple[Tensor, Tensor]] = {}  # effective and plain parameters
         self.train(base_layer.training)
 
@@ -105,15 +89,6 @@ class DiffPruningLayer(AdapterTensors):
         """How a parameter's gates are sampled in this pass."""
         seed = self.noise.seed((self.key, adapter_name, name))
         return Sample(seed, self.configs[adapter_name].stretch, self.fused, self.noise.scratch)
-
-    def changes(self, adapter_name: str, name: str) -> bool:
-        """Whether the adapter has a diff for parameter `name`, tied or not."""
-        if name in self.ties:
-            owner: DiffPruningLayer = self.ties[name][0]
-            return adapter_name in self.configs and owner.changes(adapter_name, self.ties[name][1])
-        if self.is_gating(adapter_name):
-            return name in self.diffpruning_w[adapter_name]
-        return adapter_name in self.diffpruning_values and name in self.diffpruning_values[adapter_name]
 
     def changes_any(self, adapter_name: str) -> bool:
         """Whether the adapter has a diff for one of the module's own parameters."""
@@ -324,173 +299,8 @@ class DiffPruningLayer(AdapterTensors):
                 raise
             return self._read(name)
 
-    # Merging
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's, which takes most of the time of a switch between merged adapters: parameters are looked up directly."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        if self.disable_adapters or self.frozen_peft_weight_names:
-            super().set_adapter(names, inference_mode)
-            return
-        for attribute in self.adapter_layer_names:
-            for adapter_name, tensors in getattr(self, attribute).items():
-                trains = adapter_name in names and not inference_mode
-                for parameter in tensors._parameters.values():
-                    if parameter is not None and parameter.requires_grad is not trains and parameter.is_leaf:
-                        parameter.requires_grad_(trains)
-        self._active_adapter = names
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the diffs of the adapters (default: the active ones) into the base parameters.
-
-        What they overwrite is kept, so that [`unmerge`] restores the base to the bit.
-
-        Raises:
-            ValueError: with `safe_merge`, where the result would not be finite; nothing is written then.
-        """
-        for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name not in self.configs:
-                continue
-            self._check_mergeable(adapter_name)
-            done: list[_Merge] = []
-            for merge in self._merge_one(adapter_name):
-                done.append(merge)
-                if safe_merge and not self._is_finite(merge):
-                    self._revert(done)
-                    raise ValueError(
-                        f"merging adapter {adapter_name!r} would make {self.parameter_key(merge.parameter_name)} NaN "
-                        "or infinite; the adapter seems to be broken"
-                    )
-            self._merges.extend(done)
-            self.merged_adapters.append(adapter_name)
-
-    def _check_mergeable(self, adapter_name: str) -> None:
-        for name in self.shapes if self.shared_with or self.tied_layers else ():
-            others = [*self.shared_with.get(name, [])]
-            others += [layer.key for layer in self.tied_layers.get(name, []) if adapter_name not in layer.configs]
-            if others and self.changes(adapter_name, name):
-                raise ValueError(
-                    f"{self.parameter_key(name)} is also a parameter of {others}, which the adapter leaves alone: "
-                    f"merging adapter {adapter_name!r} would change them too; adapt or exclude all of them, or untie "
-                    "them"
-                )
-        if self.quantized and "weight" in (self.nnz(adapter_name) or {}):
-            raise ValueError(
-                f"{self.key} is quantised: merging adapter {adapter_name!r} into it would round it anew and lose both; "
-                "use it unmerged, or merge into the model loaded unquantised"
-            )
-        own = self._own()
-        check_whole((own[name] for name in self.shapes), "merging")
-
-    def _own(self) -> dict[str, nn.Parameter]:
-        """All parameters of the wrapped module, as it holds them."""
-        return cast(dict[str, nn.Parameter], self.base_layer._parameters)
-
-    def _merge_one(self, adapter_name: str) -> Iterator[_Merge]:
-        # `.data` keeps autograd out, and the parameter's version as it is.
-        own = self._own()
-        if self.is_gating(adapter_name):
-            for name in self.shapes:
-                data = own[name].data
-                old = data.clone()
-                data.copy_(data + self.dense_delta(adapter_name, name))
-                yield _Merge(adapter_name, name, None, old)
-        else:
-            for name, values, where in self.fixed(adapter_name):
-                yield _Merge(adapter_name, name, where, add_(own[name].data, values.data, where))
-
-    def _is_finite(self, merge: _Merge) -> bool:
-        merged = self.own_parameters()[merge.parameter_name].data
-        written = merged if merge.positions is None else torch.take(merged, merge.positions)
-        return bool(torch.isfinite(written).all())
-
-    def _revert(self, merges: list[_Merge]) -> None:
-        """Undo the merges, the last one first, and empty the list."""
-        own = self._own()
-        while merges:
-            merge = merges.pop()
-            target = own[merge.parameter_name].data
-            if merge.positions is None:
-                target.copy_(merge.old)
-            else:
-                restore_(target, merge.old.to(target.device), merge.positions.to(target.device))
-
-    def unmerge(self, keep: int = 0) -> None:
-        """Restore the base parameters to the bit, of all merged adapters but the first `keep`."""
-        kept = self.merged_adapters[:keep]
-        first = next((i for i, merge in enumerate(self._merges) if merge.adapter_name not in kept), len(self._merges))
-        undone, self._merges = self._merges[first:], self._merges[:first]
-        self._revert(undone)
-        self.merged_adapters[keep:] = []
-
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether running the module is its class's forward and nothing else."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks) and "forward" not in module.__dict__
-
-
-class RootParameters(DiffPruningLayer):
-    """The parameters that the model itself owns, like CLIP's logit scale. Nothing can wrap the model, so this is a child
-    of it that puts the effective parameters in their place while it runs.
-
-    Args:
-        model: the base model.
-        noise: as of [`DiffPruningLayer`].
-    """
-
-    NAME = "root_parameters"
-
-    def __init__(self, model: nn.Module, noise: NoisePass) -> None:
-        super().__init__(model, "", {}, noise)
-        self._plain: dict[str, nn.Parameter | None] = {}
-
-    @property
-    def module_key(self) -> str:
-        """The name of the child, which is not the model's own."""
-        return self.NAME
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "base_layer":  # not as a submodule: the model would contain itself
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def watch(self) -> None:
-        """Put effective parameters in whenever the model runs."""
-        self.base_layer.register_forward_pre_hook(self._before)
-        self.base_layer.register_forward_hook(self._after, always_call=True)
-
-    def unwatch(self) -> None:
-        """Undo [`watch`]."""
-        remove_hooks(self.base_layer, self._before, self._after)
-
-    def _before(self, module: nn.Module, args: Any) -> None:
-        if self.mixed is None:
-            self._put()
-
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._put_back()
-
-    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`forward`, the model's own, with effective parameters."""
-        self._put()
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            self._put_back()
-
-    def _put(self) -> None:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        effective = {name: self.effective(name) for name in self.shapes}
-        model = self.base_layer
-        for name, tensor in effective.items():
-            if tensor is not model._parameters[name]:
-                self._plain[name] = model._parameters[name]
-                self._running[name] = tensor, cast(Tensor, model._parameters[name])
-                model._parameters[name] = tensor  # type: ignore[assignment]
-
-    def _put_back(self) -> None:
-        self.base_layer._parameters.update(self._plain)
-        self._plain, self._running = {}, {}

@@ -11,8 +11,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from diffpeft.injection import Injection
-from diffpeft.layer import DiffPruningLayer, RootParameters
+from diffpeft.layer import DiffPruningLayer
 from diffpeft.mixed import BASE, MixedBatch, Part
+from diffpeft.root import RootParameters
 from diffpeft.rows import Layouts
 
 

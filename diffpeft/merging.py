@@ -1,0 +1,127 @@
+"""Writing the diffs of a wrapped module into its parameters, and taking them out to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from diffpeft.adapter import AdapterTensors
+from diffpeft.diff import add_, restore_
+from diffpeft.sharding import check_whole
+
+
+class _Merge(NamedTuple):
+    """What a merge overwrote: `positions` None means the whole parameter."""
+
+    adapter_name: str
+    parameter_name: str
+    positions: Tensor | None
+    old: Tensor
+
+
+class Mergeable(AdapterTensors):
+    """The part of [`DiffPruningLayer`] that merges. `base_layer`, `key` and `ties` as there."""
+
+    def __init__(self, base_layer: nn.Module, key: str, ties: dict[str, tuple[Any, str]]) -> None:
+        super().__init__(base_layer, key, ties)
+        self.shared_with: dict[str, list[str]] = {}
+        """Modules that have a parameter of this layer too and are not adapted, by the parameter's name."""
+        self.tied_layers: dict[str, list[Mergeable]] = {}
+        """Layers that have a parameter of this layer as a tie, by its name."""
+        self._merges: list[_Merge] = []
+
+    def changes(self, adapter_name: str, name: str) -> bool:
+        """Whether the adapter has a diff for parameter `name`, tied or not."""
+        if name in self.ties:
+            owner: Mergeable = self.ties[name][0]
+            return adapter_name in self.configs and owner.changes(adapter_name, self.ties[name][1])
+        if self.is_gating(adapter_name):
+            return name in self.diffpruning_w[adapter_name]
+        return adapter_name in self.diffpruning_values and name in self.diffpruning_values[adapter_name]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the diffs of the adapters (default: the active ones) into the base parameters.
+
+        What they overwrite is kept, so that [`unmerge`] restores the base to the bit.
+
+        Raises:
+            ValueError: with `safe_merge`, where the result would not be finite; nothing is written then.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.configs:
+                continue
+            self._check_mergeable(adapter_name)
+            done: list[_Merge] = []
+            for merge in self._merge_one(adapter_name):
+                done.append(merge)
+                if safe_merge and not self._is_finite(merge):
+                    self._revert(done)
+                    raise ValueError(
+                        f"merging adapter {adapter_name!r} would make {self.parameter_key(merge.parameter_name)} NaN "
+                        "or infinite; the adapter seems to be broken"
+                    )
+            self._merges.extend(done)
+            self.merged_adapters.append(adapter_name)
+
+    def _check_mergeable(self, adapter_name: str) -> None:
+        for name in self.shapes if self.shared_with or self.tied_layers else ():
+            others = [*self.shared_with.get(name, [])]
+            others += [layer.key for layer in self.tied_layers.get(name, []) if adapter_name not in layer.configs]
+            if others and self.changes(adapter_name, name):
+                raise ValueError(
+                    f"{self.parameter_key(name)} is also a parameter of {others}, which the adapter leaves alone: "
+                    f"merging adapter {adapter_name!r} would change them too; adapt or exclude all of them, or untie "
+                    "them"
+                )
+        if self.quantized and "weight" in (self.nnz(adapter_name) or {}):
+            raise ValueError(
+                f"{self.key} is quantised: merging adapter {adapter_name!r} into it would round it anew and lose both; "
+                "use it unmerged, or merge into the model loaded unquantised"
+            )
+        own = self._own()
+        check_whole((own[name] for name in self.shapes), "merging")
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        """All parameters of the wrapped module, as it holds them."""
+        return cast(dict[str, nn.Parameter], self.base_layer._parameters)
+
+    def _merge_one(self, adapter_name: str) -> Iterator[_Merge]:
+        # `.data` keeps autograd out, and the parameter's version as it is.
+        own = self._own()
+        if self.is_gating(adapter_name):
+            for name in self.shapes:
+                data = own[name].data
+                old = data.clone()
+                data.copy_(data + self.dense_delta(adapter_name, name))
+                yield _Merge(adapter_name, name, None, old)
+        else:
+            for name, values, where in self.fixed(adapter_name):
+                yield _Merge(adapter_name, name, where, add_(own[name].data, values.data, where))
+
+    def _is_finite(self, merge: _Merge) -> bool:
+        merged = self.own_parameters()[merge.parameter_name].data
+        written = merged if merge.positions is None else torch.take(merged, merge.positions)
+        return bool(torch.isfinite(written).all())
+
+    def _revert(self, merges: list[_Merge]) -> None:
+        """Undo the merges, the last one first, and empty the list."""
+        own = self._own()
+        while merges:
+            merge = merges.pop()
+            target = own[merge.parameter_name].data
+            if merge.positions is None:
+                target.copy_(merge.old)
+            else:
+                restore_(target, merge.old.to(target.device), merge.positions.to(target.device))
+
+    def unmerge(self, keep: int = 0) -> None:
+        """Restore the base parameters to the bit, of all merged adapters but the first `keep`."""
+        kept = self.merged_adapters[:keep]
+        first = next((i for i, merge in enumerate(self._merges) if merge.adapter_name not in kept), len(self._merges))
+        undone, self._merges = self._merges[first:], self._merges[:first]
+        self._revert(undone)
+        self.merged_adapters[keep:] = []
