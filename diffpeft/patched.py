@@ -124,7 +124,7 @@ def gradient_at(
     grad: Tensor, x: Tensor, values: Tensor, positions: Tensor, pattern: Pattern | None, fused: bool = False
 ) -> Tensor:
     """grad^T x, grad (n, out) and x (n, in), at flat `positions`: shape (k,); with a pattern, nowhere else."""
-    if pattern is None:
+    if pattern is None or grad.dtype != torch.float32:  # as under autocast
         return torch.take(grad.t() @ x, positions)
     _accept_beta()
     size, found = (grad.shape[1], x.shape[1]), values.detach()

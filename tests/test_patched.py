@@ -207,3 +207,23 @@ def test_hooks_of_the_wrapped_module_run(hooked):
     with torch.no_grad():
         model(x)
     assert seen == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_large_enough_for_the_gradient_at_places_trains_under_autocast_too(device, dtype):
+    layer = nn.Linear(128, 128)
+    assert patched.sampling_pays(80, layer.weight.shape, torch.zeros(1))
+    model = get_peft_model(
+        nn.Sequential(layer), DiffPruningConfig(target_density=0.005, gated=False, init_weights=False)
+    ).to(device)
+    model.base_model.magnitude_prune()
+    x = torch.randn(8, 128, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = model(x)
+    output.float().square().sum().backward()
+    assert output.dtype == dtype
+    inner = model.base_model.all_layers()[0]
+    dense = 2 * (output.detach().float().t() @ x)
+    expected = torch.take(dense, inner.positions("default", "weight"))
+    rtol = 5e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(inner.diffpruning_values["default"]["weight"].grad, expected, rtol=rtol, atol=rtol)
