@@ -59,6 +59,15 @@ def take(target: Tensor, positions: Tensor) -> Tensor:
 def _write(target: Tensor, values: Tensor, positions: Tensor) -> None:
     """`target.put_(positions, values)`, which has no deterministic form, for positions that occur once."""
     if target.is_contiguous():
-        target.view(-1).scatter_(0, positions, values)
+        write_(target.view(-1), values, positions)
     else:
         target.index_put_(torch.unravel_index(positions, target.shape), values)
+
+
+def write_(flat: Tensor, values: Tensor, positions: Tensor) -> None:
+    """Write `values`, shape (k,), at `positions` of `flat`, each of which occurs once."""
+    # On a CPU, scatter is the faster one in fp32, and ten times slower in the dtypes of half the width.
+    if flat.dtype == torch.float32:
+        flat.scatter_(0, positions, values)
+    else:
+        flat.index_copy_(0, positions, values)

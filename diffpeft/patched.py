@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from diffpeft.autograd import compute_dtype, embedding_gradient
+from diffpeft.diff import write_
 from diffpeft.kernels import turned
 
 
@@ -51,7 +52,7 @@ class Patch:
                 old = flat.index_select(0, positions)
                 new = old + values.data
                 self._old.append((flat, positions, old))
-                flat.scatter_(0, positions, new if new.dtype == old.dtype else new.to(old.dtype))
+                write_(flat, new if new.dtype == old.dtype else new.to(old.dtype), positions)
         except BaseException:
             self._undo()
             raise
@@ -63,7 +64,7 @@ class Patch:
 
     def _undo(self) -> None:
         for flat, positions, old in reversed(self._old):
-            flat.scatter_(0, positions, old)
+            write_(flat, old, positions)
 
 
 class Diff(NamedTuple):
@@ -188,7 +189,7 @@ class _PatchedEmbedding(torch.autograd.Function):
         own = weight.data.index_select(0, rows)
         flat = own.view(-1)
         added = flat.index_select(0, local) + values.detach().index_select(0, which)
-        flat.scatter_(0, local, added.to(flat.dtype))
+        write_(flat, added.to(flat.dtype), local)
         return functional.embedding(places, own)
 
     @staticmethod
