@@ -1,6 +1,7 @@
 """Parameters under sampled gates, and the layers that make them anew: values, gradients and noise of the plain form."""
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -20,7 +21,10 @@ STRETCH = (-1.5, 1.5)
 Leaves = dict[str, Tensor | None]
 
 
-@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
+COMPILED = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+
+
+@pytest.fixture(params=[False, pytest.param(True, marks=COMPILED)], ids=["eager", "compiled"])
 def fused(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Chains of elementwise operations one by one, and as a compiler fuses them."""
     assert not kernels._broken
@@ -158,6 +162,7 @@ def test_scratch_memory_is_used_again_and_grows():
     assert scratch.take("weight", torch.Size((9, 9)), torch.float32, torch.device("cpu")).shape == (9, 9)
 
 
+@COMPILED
 @pytest.mark.parametrize("shape", [(300,), (170, 200)], ids=str)
 def test_compiled_updates_of_gates_are_the_eager_ones(device, shape):
     generator = torch.Generator().manual_seed(2)
