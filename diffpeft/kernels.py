@@ -163,7 +163,7 @@ def _compile_and_run(chain: Callable[..., Any], first: Tensor, *others: Any) -> 
         # A chain fails when it is compiled, before it has written anything. What is wrong with its arguments shows in eager mode.
         _broken.append(error)
         logger.warning(
-            "gates and diffs run eagerly, several times slower: torch.compile fails with %s: %s. It takes a C++ compiler and "
+            "gates and diffs run eagerly, which is slower: torch.compile fails with %s: %s. It takes a C++ compiler and "
             "Python's headers on a CPU, Triton on a GPU",
             type(error).__name__,
             str(error).strip().partition("\n")[0],
@@ -176,7 +176,7 @@ def _turned(x: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, fused: bool = False) -> Tensor:
-    """The transpose of a matrix, laid out anew: a compiler's is several times as fast on a CPU."""
+    """The transpose of a matrix, laid out anew: on a CPU a compiler's loop goes in tiles."""
     done, result = _compile_and_run(_turned, x.detach()) if fused and min(x.shape) > 8 else (False, None)
     layout: Tensor = result if done and result is not None else _turned(x)
     return layout
