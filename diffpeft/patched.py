@@ -97,7 +97,7 @@ class Pattern(NamedTuple):
         row = torch.repeat_interleave(count)
         before = count.cumsum(0) - count
         which = torch.arange(len(row), device=rows.device) + (start - before).index_select(0, row)
-        return which, row * width + self.columns.index_select(0, which)
+        return which, row.to(torch.int64) * width + self.columns.index_select(0, which)
 
 
 CHUNK = 1 << 20

@@ -56,6 +56,7 @@ trainer.train()
 diff = {n: (p.tolist(), v.tolist()) for n, (p, v) in model.base_model.get_diff().items()}
 with open(f"{sys.argv[1]}/rank{args.process_index}.json", "w") as file:
     json.dump({"history": history, "diff": diff, "world": args.world_size, "shares": shares}, file)
+trainer.accelerator.end_training()
 """
 
 
