@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -232,7 +232,7 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
         """
         self._clear(adapter_name)
         values, packed = nn.ParameterDict(), BufferDict(persistent=True)
-        random = not self.configs[adapter_name].init_weights
+        random, device = not self.configs[adapter_name].init_weights, self._device()
         for name, count in nnz.items():
             numel = self.shapes[name].numel()
             if count > numel:
@@ -240,10 +240,10 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
                     f"nnz_pattern gives {self.parameter_key(name)} {count} nonzeros, but it has {numel} elements; the "
                     "adapter belongs to another model"
                 )
-            unknown = torch.full((count,), torch.nan, dtype=torch.float32, device=self._device())
+            unknown = torch.full((count,), torch.nan, dtype=torch.float32, device=device)
             values[name] = nn.Parameter(unknown if not random else torch.randn_like(unknown).mul_(0.02))
             size = self._buffer_size(adapter_name, name, count)
-            packed[name] = torch.zeros(size, dtype=torch.uint8, device=self._device())
+            packed[name] = torch.zeros(size, dtype=torch.uint8, device=device)
         self._hold(VALUES, adapter_name, values)
         self._hold(POSITIONS, adapter_name, packed)
         self._set_trainable(adapter_name)
@@ -332,6 +332,20 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
     def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         """All parameters of the adapter, trainable or not."""
         containers = [getattr(self, attribute) for attribute in self.adapter_layer_names]
+        return [p for container in containers if adapter_name in container for p in container[adapter_name].values()]
+
+    def tensors(self, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+        """All tensors of the adapter, by their names in the layer."""
+        for attribute in self._all_names():
+            container: Any = getattr(self, attribute)
+            if adapter_name in container:
+                held = container[adapter_name]
+                for name, tensor in (held._parameters | held._buffers).items():
+                    yield f"{attribute}.{adapter_name}.{name}", tensor
+
+    def gate_locations(self, adapter_name: str) -> list[nn.Parameter]:
+        """The locations of all gates, those of groups included."""
+        containers = [getattr(self, attribute) for attribute in GATING_PARAMETERS[1:]]
         return [p for container in containers if adapter_name in container for p in container[adapter_name].values()]
 
     def gates(self, adapter_name: str) -> dict[str, tuple[GateTensors, GateTensors | None]]:

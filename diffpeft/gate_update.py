@@ -36,6 +36,8 @@ SAMPLE = 1 << 17
 """Gates on which lambda is solved for; the full count corrects what the sample gets wrong in the next step."""
 SMALL = 1 << 14
 """Elements of a parameter up to which its gates move together with those of other small ones."""
+LINE = 16
+"""Of these, so many are neighbours: as many as memory gives at a time."""
 COARSE = 16
 """One in so many of them tells where about lambda is, before all of them do."""
 
@@ -238,6 +240,13 @@ def _move_wholes(groups: Sequence[Group], rule: Tensor, elements: Tensor) -> Non
         )
 
 
+def _some(tensor: Tensor, stride: int) -> Tensor:
+    """One in `stride` of the elements, from all over the tensor."""
+    flat = tensor.reshape(-1)
+    lines = flat.numel() // (LINE * stride) if stride > 1 else 0
+    return flat[: lines * LINE * stride].view(lines, -1)[:, :LINE].reshape(-1) if lines else flat[::stride]
+
+
 class _Sample:
     """Some of the gates, on which the step is found after which they have `ratio` times their expected number of nonzeros."""
 
@@ -250,7 +259,7 @@ class _Sample:
         ratio: float,
     ) -> None:
         stride = max(1, sum(group.elements.log_alpha.numel() for group in groups) // SAMPLE)
-        parts = [[tensor.reshape(-1)[::stride] for tensor in group.elements] for group in groups]
+        parts = [[_some(tensor, stride) for tensor in group.elements] for group in groups]
         log_alpha, grad, exp_avg, exp_avg_sq = (torch.cat(column) for column in zip(*parts, strict=True))
         counts = torch.tensor([part[0].numel() for part in parts], device=log_alpha.device)
         self.logit = open_logit(log_alpha, stretch)
@@ -258,15 +267,20 @@ class _Sample:
         self.square = (exp_avg_sq * BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1]).div_(correction[1])
         self.whole = _open_wholes(groups, stretch).repeat_interleave(counts)
         self.pace, self.ratio = pace, ratio
+        self._before: dict[int, float] = {}
+
+    def before(self, stride: int) -> float:
+        """The nonzeros of one in `stride` before the step."""
+        if stride not in self._before:
+            self._before[stride] = float((torch.sigmoid(self.logit[::stride]) * self.whole[::stride]).sum())
+        return self._before[stride]
 
     def expected(self, pull: float, brake: float, stride: int = 1) -> float:
         """The nonzeros of one in `stride` after a step, as a multiple of those wanted."""
-        logit, whole = self.logit[::stride], self.whole[::stride]
         move = direction(self.mean[::stride], self.square[::stride], pull)
         move = move if brake == 1.0 else torch.where(move > 0, move * brake, move)
-        after = (torch.sigmoid(logit - self.pace * move) * whole).sum()
-        before = (torch.sigmoid(logit) * whole).sum()
-        return float(after) / max(self.ratio * float(before), 1e-30)
+        after = (torch.sigmoid(self.logit[::stride] - self.pace * move) * self.whole[::stride]).sum()
+        return float(after) / max(self.ratio * self.before(stride), 1e-30)
 
     def solve(self) -> tuple[float, float]:
         """The least pull, and the share of their way that gates which close are let go, that give what is wanted."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, onload_layer
@@ -27,8 +28,8 @@ from diffpeft.layer import DiffPruningLayer
 from diffpeft.noise import NoisePass
 from diffpeft.output import OutputLayer
 from diffpeft.root import RootParameters
-from diffpeft.seal import PART
 from diffpeft.sharding import check_whole, is_sharded
+from diffpeft.walk import layers_in, outer_modules
 
 
 class Injection(BaseTuner):
@@ -39,15 +40,16 @@ class Injection(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # the default is found in the model, not by its type
     _owners: dict[int, tuple[DiffPruningLayer, str]]  # during injection: which layer has the diff of a parameter
     _noise: NoisePass  # during injection
+    _named: dict[str, nn.Module] = {}  # during injection: modules by name
     _references: dict[int, list[tuple[nn.Module, str]]]  # during injection: modules with several names, and these
 
     def all_layers(self) -> list[DiffPruningLayer]:
         """Every layer of the tuner, whichever adapters it holds."""
-        return _layers_in(self.model)
+        return layers_in(self.model, DiffPruningLayer)
 
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of the base model by name, each once, without heads that are trained whole."""
-        modules = list(_outer_modules(self.model))
+        modules = list(outer_modules(self.model))
         heads = [module for _, module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
         seen = {id(p) for head in heads for p in head.parameters()}
         for key, module in modules:
@@ -97,7 +99,7 @@ class Injection(BaseTuner):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """PEFT's hook; heads manage what trains themselves. PEFT's own goes through all of the adapters' tensors."""
-        modules = [module for _, module in _outer_modules(model)]
+        modules = [module for _, module in outer_modules(model)]
         heads = {part for head in modules if isinstance(head, AuxiliaryTrainingWrapper) for part in head.modules()}
         for module in modules:
             if module not in heads:
@@ -109,7 +111,7 @@ class Injection(BaseTuner):
         """PEFT's hook: adapters are fp32 as they are made."""
 
     def _check_target_module_exists(self, peft_config: DiffPruningConfig, key: str) -> Any:
-        module = self.model if key == RootParameters.NAME else self.model.get_submodule(key)
+        module = self.model if key == RootParameters.NAME else self._named.get(key) or self.model.get_submodule(key)
         shapes = {**module.shapes, **module.ties} if isinstance(module, DiffPruningLayer) else own_shapes(module)
         config = peft_config
         if peft_config.target_modules is None:
@@ -160,8 +162,8 @@ class Injection(BaseTuner):
         # The caller's object may begin other adapters and other models, of which it must not say what is said of this one.
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         layers = list(self.all_layers())
-        self._references = {}
-        for _, module in _outer_modules(model):
+        self._references, self._named = {}, dict(outer_modules(model))
+        for module in self._named.values():
             for name, child in module._modules.items():  # each name, which named_children leaves out
                 self._references.setdefault(id(child), []).append((module, name))
         self._references = {child: places for child, places in self._references.items() if len(places) > 1}
@@ -173,7 +175,8 @@ class Injection(BaseTuner):
                 # PEFT does not know of these parameters and takes the exclusion for a mistake.
                 warnings.filterwarnings("ignore", "You have passed exclude_modules")
             # The config says it all; from a file's keys PEFT would not find modules without nonzeros.
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            with _no_garbage():
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         if not layers:
             self._noise.watch(model)
         for layer in self.all_layers():
@@ -182,7 +185,7 @@ class Injection(BaseTuner):
                 layer.update_layer(adapter_name, config)
         if config.target_modules is None and not isinstance(getattr(model, RootParameters.NAME, None), RootParameters):
             self._adapt_root(model, adapter_name, config)
-        del self._owners, self._noise, self._references
+        del self._owners, self._noise, self._named, self._references
         self.__dict__.pop("_row_layouts", None)  # of mixed batches: there are other layers now
         self._check_coverage(adapter_name, config)
         self._check_base(adapter_name, config)
@@ -228,7 +231,7 @@ class Injection(BaseTuner):
         layers = list(self.all_layers())
         wrapped = {id(layer.base_layer) for layer in layers}
         plain: dict[int, list[str]] = {}
-        for name, module in _outer_modules(self.model):
+        for name, module in outer_modules(self.model):
             if (
                 module._parameters
                 and id(module) not in wrapped
@@ -287,7 +290,7 @@ class Injection(BaseTuner):
     def train(self, mode: bool = True) -> Injection:
         """As of any module, but batch norms keep their running statistics: they are the base's, and no diff has them."""
         super().train(mode)
-        for _, module in _outer_modules(self.model):
+        for _, module in outer_modules(self.model):
             if isinstance(module, _BatchNorm):
                 module.eval()
         return self
@@ -300,7 +303,7 @@ class Injection(BaseTuner):
             super().set_adapter(adapter_name, inference_mode)  # warns and unmerges
             return
         # As PEFT's own loops, which look into the containers of adapters' tensors too.
-        for _, module in _outer_modules(self.model):
+        for _, module in outer_modules(self.model):
             if isinstance(module, AuxiliaryTrainingWrapper):
                 _set_adapter(module, adapter_name, inference_mode=inference_mode)
         for layer in layers:
@@ -352,7 +355,7 @@ class Injection(BaseTuner):
             self.unmerge_adapter()
         if merge and adapter_names is not None:
             self._choose_heads(adapter_names)
-        wrapped = [(parent, n, m) for _, parent in _outer_modules(self.model) for n, m in parent._modules.items()]
+        wrapped = [(parent, n, m) for _, parent in outer_modules(self.model) for n, m in parent._modules.items()]
         for parent, name, layer in tqdm(wrapped, disable=not progressbar, desc="Unloading"):
             if isinstance(layer, DiffPruningLayer):
                 layer.noise.unwatch(self.model)
@@ -428,9 +431,13 @@ class Injection(BaseTuner):
         cls, model: nn.Module, config: DiffPruningConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Bring the adapter into the file's phase and shapes, which loading into an adapter that exists does not."""
-        layers = [layer for layer in _layers_in(model) if layer.has_adapter(adapter_name)]
-        state_dict = loading.adopt(layers, config, adapter_name, state_dict)
-        own = {key: tensor for key, tensor in model.state_dict().items() if PART in key}
+        layers = {
+            name: layer
+            for name, layer in outer_modules(model)
+            if isinstance(layer, DiffPruningLayer) and layer.has_adapter(adapter_name)
+        }
+        state_dict = loading.adopt(list(layers.values()), config, adapter_name, state_dict)
+        own = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.tensors(adapter_name)}
         state_dict = loading.rename(state_dict, {cls._remove_adapter_name_from_key(key, adapter_name) for key in own})
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
@@ -439,28 +446,16 @@ class Injection(BaseTuner):
         return remapped
 
 
-def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()`, in their order, without the containers of adapters' tensors, which are most of them."""
-    seen: set[nn.Module] = set()
-    ahead: list[tuple[str, nn.Module | None]] = [("", model)]
-    while ahead:
-        name, module = ahead.pop()
-        if module is None or module in seen:
-            continue
-        seen.add(module)
-        yield name, module
-        children = module._modules
-        if children:
-            prefix = f"{name}." if name else ""
-            if isinstance(module, DiffPruningLayer):
-                ahead.append((f"{prefix}base_layer", children.get("base_layer")))
-            else:
-                ahead.extend([(prefix + key, child) for key, child in reversed(children.items())])
-
-
-def _layers_in(model: nn.Module) -> list[DiffPruningLayer]:
-    # The look at the children spares most modules the slower one at their type.
-    return [m for _, m in _outer_modules(model) if m._modules and isinstance(m, DiffPruningLayer)]
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Within, thousands of objects are made that all stay: Python would go through all that there is to find garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _onloaded(layer: DiffPruningLayer) -> AbstractContextManager[Any]:

@@ -15,9 +15,11 @@ from diffpeft import gates
 from diffpeft.diff import sparse_parameter
 from diffpeft.merging import Mergeable
 from diffpeft.mixed import MixedBatch
-from diffpeft.noise import NoisePass
+from diffpeft.noise import NoisePass, may_be_replayed
 from diffpeft.patched import Diff, Patch, can_be_patched, patched_embedding, patched_linear, sampling_pays
 from diffpeft.sampled import Sample, sampled_embedding, sampled_linear, sampled_parameter
+from diffpeft.together import SMALL, Part, sampled_together
+from diffpeft.walk import layers_in
 
 MANY = 1 << 20
 """Elements of an embedding beyond which the rows of a batch are made, and no others."""
@@ -77,8 +79,48 @@ class DiffPruningLayer(Mergeable):
         if name not in self.diffpruning_log_alpha[adapter_name]:
             return (parameter + w).to(parameter.dtype)
         if self.training:
+            made = self._made_together(adapter_name, name)
+            if made is not None:
+                return made
             return sampled_parameter(parameter, *self._gates_of(adapter_name, name), self._sample(adapter_name, name))
         return gates.gated_parameter(parameter, *self._gates_of(adapter_name, name), self.configs[adapter_name].stretch)
+
+    def _made_together(self, adapter_name: str, name: str) -> Tensor | None:
+        """A small effective parameter, which the first use of one in a pass makes for all; None for others."""
+        noise, key = self.noise, (self.key, adapter_name, name)
+        if noise.model is None or torch.compiler.is_compiling() or may_be_replayed():
+            return None
+        if noise.made is None:
+            noise.made, parts, device = {}, {}, self._device()
+            for layer in layers_in(noise.model, DiffPruningLayer):
+                if layer.noise is noise:
+                    parts.update(layer._small_parts(adapter_name, device))
+            if parts:
+                made = sampled_together(list(parts.values()), self.configs[adapter_name].stretch)
+                noise.made.update(zip(parts, made, strict=True))
+        if key in noise.made:
+            noise.seed(key)  # a use, like any other
+        return noise.made.get(key)
+
+    def _small_parts(self, adapter_name: str, device: torch.device) -> dict[tuple[str, str, str], Part]:
+        """The module's small parameters that one adapter changes, and whose gates are sampled."""
+        module: Any = self.base_layer
+        plain = not (self.disable_adapters or self.merged or self.quantized or self.is_offloaded()) and self.training
+        if (
+            not plain
+            or self.active_adapters != [adapter_name]
+            or self.mixed is not None
+            or not self.has_adapter(adapter_name)
+        ):
+            return {}
+        parts = {}
+        for name, log_alpha in self.diffpruning_log_alpha[adapter_name].items():
+            own = module._parameters.get(name)
+            lean = name == "weight" and type(module) in (nn.Linear, nn.Embedding)  # with a way of its own
+            if own is not None and log_alpha.numel() <= SMALL and log_alpha.device == own.device == device and not lean:
+                key = self.key, adapter_name, name
+                parts[key] = Part(own, *self._gates_of(adapter_name, name), self.noise.seed_of(key))
+        return parts
 
     def _gates_of(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """w, locations of the element gates, and location of the group gate if there is one."""

@@ -245,8 +245,8 @@ class DiffPruningModel(Serving):
                 form = config.group_penalty
                 gate_update.fixed_lambda_step(groups, l0_lambda, step, pace, config.stretch, form, fused=fused)
         for layer in self._layers(name):
-            for gate in (gate for pair in layer.gates(name).values() for gate in pair if gate is not None):
-                gate.log_alpha.grad = None
+            for log_alpha in layer.gate_locations(name):
+                log_alpha.grad = None
         return l0_lambda
 
     @torch.no_grad()

@@ -95,8 +95,8 @@ def checksum_of_diff(tensors: Mapping[str, Tensor]) -> int:
     return sum(int.from_bytes(bytes(buffer[:SEAL].cpu().numpy()), "little") for buffer in buffers)
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _checksum(buffer: Tensor, values: Tensor, name: str) -> bytes:

@@ -66,7 +66,7 @@ def from_file(stored: Tensor, buffer: Tensor, numel: int, name: str = "") -> Ten
     scale = seal.scale(buffer, stored.numel(), numel)
     if dtype_name(stored.dtype) not in VALUE_DTYPES or scale.numel() != (stored.dtype == torch.int8):
         raise ValueError(f"its values are {stored.dtype} with {scale.numel()} scales: the file is damaged")
-    if not bool((scale.isfinite() & (scale > 0)).all()):
+    if scale.numel() and not bool((scale.isfinite() & (scale > 0)).all()):
         raise ValueError(f"its scale is {scale.item()}, not positive and finite: the file is damaged")
     values = _dequantize(stored, scale)
     if not bool(values.isfinite().all()):

@@ -114,7 +114,8 @@ def test_a_pass_has_one_gate_a_parameter_however_often_it_is_used():
     assert torch.equal(embed, out)
     assert torch.equal(first, second)
     model(IDS)
-    assert not torch.equal(model.base_model.model.weights[0], embed)
+    again = model.base_model.model.weights
+    assert not (torch.equal(again[0], embed) and torch.equal(again[2], first))
 
 
 def gradients(model: nn.Module, passes: int = 1) -> dict[str, torch.Tensor]:
@@ -131,16 +132,23 @@ def test_gradient_checkpointing_replays_the_same_gates(passes, reentrant):
     actual = gradients(twice(checkpointed=True, reentrant=reentrant), passes)
     assert expected.keys() == actual.keys()
     for name, gradient in expected.items():
-        assert torch.equal(actual[name], gradient), name
+        # Autograd adds up the passes in another order.
+        torch.testing.assert_close(
+            actual[name], gradient, rtol=0 if passes == 1 else 1e-6, atol=0 if passes == 1 else 1e-7
+        )
 
 
 def test_only_so_many_repeated_uses_are_remembered(monkeypatch):
     monkeypatch.setattr("diffpeft.noise.ALIASES", 2)
     noise = NoisePass()
     noise._begin(nn.Module(), ())
-    for _ in range(5):
-        noise.seed("a")
+    with torch.no_grad():
+        for _ in range(5):
+            noise.seed("a")
     assert len(noise._aliases) == 2
+    for _ in range(2):
+        noise.seed("b")
+    assert len(noise._aliases) == 2  # nothing replays these
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from diffpeft import DiffPruningConfig, DiffPruningLayer, gates, kernels, pruning, sampled
 from diffpeft.gate_update import Gates, Group, fixed_lambda_step, penalty_gradient
 from diffpeft.noise import NoisePass
+from diffpeft.together import Part
 
 DIRECTORY = Path(__file__).parent / "reference"
 TENSORS = load_file(DIRECTORY / "official_gates.safetensors")
@@ -104,7 +105,13 @@ def adapted(step: int, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     def seed_of(self: NoisePass, key: tuple[str, str, str]) -> Tensor:
         return torch.tensor([keys.index(f"{key[0]}.{key[2]}"), 0])
 
+    def together(parts: list[Part], layout: object) -> tuple[Tensor, Tensor]:
+        own = [noise[keys[part.seed[0]]] for part in parts]
+        return tuple(torch.cat([pair[kind].reshape(-1) for pair in own]) for kind in (0, 1))
+
     monkeypatch.setattr(NoisePass, "seed", seed_of)
+    monkeypatch.setattr(NoisePass, "seed_of", seed_of)
+    monkeypatch.setattr("diffpeft.together._noise", together)
     monkeypatch.setattr(kernels, "uniform", lambda seed, places: noise[keys[seed[0]]][0].reshape(-1)[places])
     monkeypatch.setattr(sampled, "uniform_at", lambda seed, place: noise[keys[seed[0]]][1].reshape(()))
     return model.train()

@@ -208,6 +208,12 @@ def loading(size: str, options: argparse.Namespace) -> Rows:
         for method in reversed(METHODS):  # the diff's size tells LoRA's rank
             model = with_tasks(base, method, ["default"], rank).eval()
             expected[method] = run(model, batch)
+            for flag in (
+                "init_weights",
+                "init_lora_weights",
+            ):  # at random for this script alone; files have the default
+                if hasattr(model.peft_config["default"], flag):
+                    setattr(model.peft_config["default"], flag, True)
             model.save_pretrained(Path(folder) / method)
             files[method] = (Path(folder) / method / "adapter_model.safetensors").stat().st_size
             base = model.unload()
