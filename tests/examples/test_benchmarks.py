@@ -75,7 +75,7 @@ def test_memory_is_that_of_the_tensors():
 
 def test_serving(tmp_path, monkeypatch):
     serving.main(["--model", "tiny", "--batch_sizes", "2", "--length", "8", *TIMES, "--json", str(tmp_path / "a.json")])
-    assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 5 + 2 + 6 + 8
+    assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 5 + 2 + 8 + 8
 
 
 def test_serving_refuses_wrong_outputs():
