@@ -350,7 +350,8 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
-    """The rows in Markdown. Columns are (title, format) by key; what a row lacks stays empty."""
+    """The rows in Markdown. Columns are (title, format) by key; what a row lacks stays empty, what all lack is left out."""
+    columns = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
     lines = [[title for title, _ in columns.values()], ["---"] * len(columns)]
     for row in rows:
         values = [(row.get(key), form) for key, (_, form) in columns.items()]

@@ -1,9 +1,11 @@
 """Memory of a training step: gating, full fine-tuning, fixmask, LoRA, SHiRA, Super-Tuning.
 
     python examples/benchmarks/memory.py --json memory.json                            # the sizes of MiniLM and BERT-large
-    python examples/benchmarks/memory.py --sizes --json memory_sizes.json              # six sizes, for scaling.py
-    python examples/benchmarks/memory.py --model base --densities 0.001 0.005 0.01 0.05 \
-        --methods lora fixmask-linear fixmask --json memory_densities.json             # four densities, for scaling.py
+    python examples/benchmarks/memory.py --sizes --tensors --batch_size 2 --length 64 \
+        --methods full gating lora fixmask-linear fixmask --json memory_sizes.json     # six sizes, for scaling.py
+    python examples/benchmarks/memory.py --model small --tensors --batch_size 4 --length 64 \
+        --densities 0.001 0.005 0.01 0.05 --methods lora shira fixmask-linear fixmask \
+        --json memory_densities.json                                                   # four densities, for scaling.py
     python examples/benchmarks/memory.py --device cuda --autocast --batch_size 32
 
 Methods and steps are those of step_cost.py. Each method runs in a fresh process, one for what PyTorch's allocator says (the
