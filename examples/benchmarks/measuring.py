@@ -21,7 +21,7 @@ from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, TrainerControl, TrainerState, TrainingArguments
 
-from diffpeft import DiffPruningCallback, DiffPruningConfig
+from diffpeft import DiffPruningCallback, DiffPruningConfig, DiffPruningLayer
 
 # Models
 
@@ -69,7 +69,9 @@ def nearest_rank(shapes: Sequence[torch.Size], parameters: float) -> tuple[int, 
 
 # Fine-tuning
 
-METHODS = ("full", "gating", "fixmask", "lora", "shira", "supertuning", "fixmask-linear")
+GATING: dict[str, dict[str, Any]] = {"gating": {}}
+"""The variants of gating that are compared with full fine-tuning, with what their config has beside the defaults."""
+METHODS = ("full", *GATING, "fixmask", "lora", "shira", "supertuning", "fixmask-linear")
 RATE = 1e-4
 
 
@@ -83,8 +85,8 @@ def make_config(method: str, base: nn.Module, density: float) -> peft.PeftConfig
     linear = sum(shape.numel() for shape in shapes)
     rank, count = nearest_rank(shapes, density * linear)
     common = {"task_type": "SEQ_CLS"}
-    if method == "gating":
-        return DiffPruningConfig(**common)
+    if method in GATING:
+        return DiffPruningConfig(**common, **GATING[method])
     if method == "fixmask":
         return DiffPruningConfig(**common, target_density=density, gated=False, init_weights=False)
     common["target_modules"] = LINEAR
@@ -140,14 +142,18 @@ class Training:
     def __init__(self, size: str, method: str, density: float, options: argparse.Namespace, steps: int) -> None:
         device = torch.device(options.device)
         self.model = make_model(size, method, density, getattr(torch, options.dtype), device)
+        if options.eager:
+            for module in self.model.modules():
+                if isinstance(module, DiffPruningLayer):
+                    module.fused = False
         self.batches = make_batches(options.batch_size, options.length, device)
         self.autocast = {"device_type": device.type, "dtype": torch.bfloat16, "enabled": options.autocast}
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
         self.trainable = sum(parameter.numel() for parameter in trained)
         self.callback = None
-        if method == "gating" or method.startswith("fixmask"):
-            gating_steps = max(100, 4 * steps) if method == "gating" else 0
+        if method in GATING or method.startswith("fixmask"):
+            gating_steps = max(100, 4 * steps) if method in GATING else 0
             self.callback = DiffPruningCallback(gating_steps=gating_steps)
             arguments = TrainingArguments("unused", learning_rate=RATE, report_to="none", use_cpu=device.type == "cpu")
             self.state = TrainerState(max_steps=gating_steps + 100)
@@ -288,7 +294,7 @@ def in_fresh_process(script: str, *words: str) -> dict[str, Any]:
 
 # Command line and results
 
-SHOWN = ("device", "dtype", "autocast", "batch_size", "length", "repeats")
+SHOWN = ("device", "dtype", "autocast", "eager", "batch_size", "length", "repeats")
 """The options that are printed."""
 
 
@@ -317,6 +323,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--autocast", action="store_true", help="to bfloat16; weights stay in their dtype")
+    parser.add_argument("--eager", action="store_true", help="gating and fixmask without torch.compile")
 
 
 def begin(options: argparse.Namespace) -> None:
@@ -343,7 +350,8 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
-    """The rows in Markdown. Columns are (title, format) by key; what a row lacks stays empty."""
+    """The rows in Markdown. Columns are (title, format) by key; what a row lacks stays empty, what all lack is left out."""
+    columns = {key: column for key, column in columns.items() if any(row.get(key) is not None for row in rows)}
     lines = [[title for title, _ in columns.values()], ["---"] * len(columns)]
     for row in rows:
         values = [(row.get(key), form) for key, (_, form) in columns.items()]

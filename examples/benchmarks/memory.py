@@ -1,9 +1,11 @@
 """Memory of a training step: gating, full fine-tuning, fixmask, LoRA, SHiRA, Super-Tuning.
 
     python examples/benchmarks/memory.py --json memory.json                            # the sizes of MiniLM and BERT-large
-    python examples/benchmarks/memory.py --sizes --json memory_sizes.json              # six sizes, for scaling.py
-    python examples/benchmarks/memory.py --model base --densities 0.001 0.005 0.01 0.05 \
-        --methods lora fixmask-linear fixmask --json memory_densities.json             # four densities, for scaling.py
+    python examples/benchmarks/memory.py --sizes --tensors --batch_size 2 --length 64 \
+        --methods full gating lora fixmask-linear fixmask --json memory_sizes.json     # six sizes, for scaling.py
+    python examples/benchmarks/memory.py --model small --tensors --batch_size 4 --length 64 \
+        --densities 0.001 0.005 0.01 0.05 --methods lora shira fixmask-linear fixmask \
+        --json memory_densities.json                                                   # four densities, for scaling.py
     python examples/benchmarks/memory.py --device cuda --autocast --batch_size 32
 
 Methods and steps are those of step_cost.py. Each method runs in a fresh process, one for what PyTorch's allocator says (the
@@ -12,7 +14,8 @@ built).
 
 - state: base, adapter and optimizer between two steps; also in bytes a parameter of the model;
 - for backward: what the forward pass leaves behind for it;
-- peak: the most at any time of a step, the state included.
+- peak: the most at any time of a step, the state included; of the process, also what torch.compile keeps, and by itself
+  that of the first step, in which it compiles.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from typing import Any
 
 import torch
 from measuring import (
+    GATING,
     Training,
     add_options,
     add_training_options,
@@ -50,6 +54,7 @@ COLUMNS = {
     "ratio": ("ratio", "{:.2f}x"),
     "beside": ("to", "{}"),
     "resident_mb": ("peak of the process, MB", MB),
+    "first_mb": ("in the first step, MB", MB),
 }
 
 
@@ -73,21 +78,30 @@ def tensors(size: str, method: str, density: float, options: argparse.Namespace)
 
 
 def process(size: str, method: str, density: float, options: argparse.Namespace) -> dict[str, Any]:
-    """In bytes, by the system: the peak of the steps above the level before the model is built."""
-    Training("tiny", method, density, options, STEPS).step()  # imports what is imported late
+    """In bytes, by the system, above the level before the model is built: the peak of the first step, and of the others."""
+    eager = argparse.Namespace(**{**vars(options), "eager": True})
+    Training("tiny", method, density, eager, STEPS).step()  # imports what is imported late, but the compiler
     forget_peak()
     level = resident()
     training = Training(size, method, density, options, STEPS)
     forget_peak()
-    for _ in range(STEPS):
+    training.step()
+    first = resident("VmHWM") - level
+    forget_peak()
+    for _ in range(STEPS - 1):
         training.step()
-    return {"resident": resident("VmHWM") - level}
+    return {"first": first, "resident": resident("VmHWM") - level}
+
+
+COUNTS = {"tensors": tensors, "process": process}
 
 
 def row(size: str, method: str, density: float | None, found: dict[str, Any]) -> dict[str, Any]:
     """Of the table, from what was counted."""
     parameters = count_parameters(size)
-    megabytes = {f"{key}_mb": found[key] / 1e6 for key in ("state", "backward", "peak", "resident") if key in found}
+    megabytes = {
+        f"{key}_mb": found[key] / 1e6 for key in ("state", "backward", "peak", "resident", "first") if key in found
+    }
     return {
         "model": size,
         "parameters": parameters,
@@ -114,24 +128,24 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, ["minilm", "large"])
     add_training_options(parser)
-    parser.add_argument("--run", choices=("tensors", "process"), help=argparse.SUPPRESS)
+    parser.add_argument("--tensors", action="store_true", help="only what the allocator says, in half the time")
+    parser.add_argument("--run", choices=COUNTS, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     begin(options)
     if options.run:
-        count = {"tensors": tensors, "process": process}[options.run]
-        print(json.dumps(count(options.model[0], options.methods[0], options.densities[0], options)))
+        print(json.dumps(COUNTS[options.run](options.model[0], options.methods[0], options.densities[0], options)))
         return
     same = ["--device", options.device, "--dtype", options.dtype, "--threads", str(options.threads)]
     same += ["--batch_size", str(options.batch_size), "--length", str(options.length)]
-    same += ["--autocast"] if options.autocast else []
-    counts = ["tensors"] if torch.device(options.device).type == "cuda" else ["tensors", "process"]
+    same += [f"--{name}" for name in ("autocast", "eager") if getattr(options, name)]
+    alone = options.tensors or torch.device(options.device).type == "cuda"
     rows = []
     for size in options.model:
         for method in options.methods:
-            for density in [None] if method in ("full", "gating") else options.densities:
+            for density in [None] if method in ("full", *GATING) else options.densities:
                 case = ["--model", size, "--methods", method, "--densities", str(density or 0.005)]
                 found: dict[str, Any] = {}
-                for count in counts:
+                for count in ["tensors"] if alone else COUNTS:
                     found |= in_fresh_process(__file__, *same, *case, "--run", count)
                 rows.append(row(size, method, density, found))
     compare(rows)

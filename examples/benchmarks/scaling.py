@@ -50,7 +50,8 @@ def draw(panel: Axes, rows: Sequence[dict[str, Any]], x: str, y: str) -> None:
 def title(found: dict[str, Any], x: str) -> str:
     """What was measured where."""
     settings, machine = found["settings"], found["machine"]
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    where = machine["gpu"] or f"{machine['cpu']}, {threads}"
     model = f", BERT-{found['rows'][0]['model']}" if x == "density" else ""
     return f"batch {settings['batch_size']} x {settings['length']}{model}\n{where}"
 

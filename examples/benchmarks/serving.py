@@ -9,7 +9,8 @@ timed in turn, in one process; the median counts.
 
 - inference: one adapter, unmerged and merged, beside the base alone;
 - switching: another task merged instead, as in task_switch.py;
-- mixing: 64 rows of 8 tasks in one forward pass (`adapter_names=`), beside a pass of 8 rows for each task;
+- mixing: 64 rows of 8 tasks in one forward pass (`adapter_names=`), beside a pass of 8 rows for each task; the same of the base
+  alone, which shows what a single pass can save;
 - loading: `PeftModel.from_pretrained` onto a base in memory, without and with a first forward pass of one row, which is when a
   diff is decoded and checked. LoRA has the rank whose file is nearest in size. Files are in the page cache.
 
@@ -166,11 +167,15 @@ def _switch_to_the_other(model: PeftModel) -> None:
 
 def mixing(size: str, options: argparse.Namespace) -> Rows:
     """Rows of eight tasks, together and apart."""
-    base, actions = make_base(size, options), {}
+    base = make_base(size, options)
     batch = make_batch(8 * len(TASKS), options)
     names = TASKS * 8
     parts = {
         name: {key: rows[number :: len(TASKS)] for key, rows in batch.items()} for number, name in enumerate(TASKS)
+    }
+    actions: dict[str, Callable[[], Any]] = {
+        "base, one pass": quietly(run, base, batch),
+        "base, 8 passes": quietly(_each, base, parts),
     }
     for method in METHODS:
         model = with_tasks(copy.deepcopy(base), method, TASKS).eval()
@@ -184,6 +189,12 @@ def mixing(size: str, options: argparse.Namespace) -> Rows:
         actions[f"{method}, one by one"] = quietly(_apart, model, parts, options.device)
         actions[f"{method}, one by one, passes alone"] = partial(_apart, model, parts, options.device)
     return rows_of(size, f"{len(names)} rows of {len(TASKS)} tasks", actions, "lora, mixed", options)
+
+
+def _each(base: BertModel, parts: dict[str, dict[str, Tensor]]) -> None:
+    """Run each task's rows by themselves on the base."""
+    for batch in parts.values():
+        run(base, batch)
 
 
 def _apart(model: PeftModel, parts: dict[str, dict[str, Tensor]], device: str) -> float:

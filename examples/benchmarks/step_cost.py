@@ -20,6 +20,7 @@ import warnings
 from typing import Any
 
 from measuring import (
+    GATING,
     Training,
     add_options,
     add_repeats,
@@ -31,7 +32,7 @@ from measuring import (
     table,
 )
 
-ALONE, BESIDE_LORA = ("full", "gating"), ("lora", "shira", "supertuning", "fixmask-linear", "fixmask")
+ALONE, BESIDE_LORA = ("full", *GATING), ("lora", "shira", "supertuning", "fixmask-linear", "fixmask")
 COLUMNS = {
     "model": ("model", "{}"),
     "parameters": ("parameters", "{:,}"),

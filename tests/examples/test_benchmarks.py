@@ -73,9 +73,22 @@ def test_memory_is_that_of_the_tensors():
     assert 8000 <= found.peak < 8500
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_of_the_process(monkeypatch):
+    found = memory.process("tiny", "fixmask-linear", 0.1, options(memory, monkeypatch, *SHORT))
+    assert found.keys() == {"first", "resident"}
+
+
+def test_variants_of_gating(monkeypatch):
+    monkeypatch.setitem(measuring.GATING, "gating-unstructured", {"structured": False})
+    model = measuring.make_model("tiny", "gating-unstructured", 0.1, torch.float32, torch.device("cpu"))
+    assert model.base_model.phase() == "gating"
+    assert not model.peft_config["default"].structured
+
+
 def test_serving(tmp_path, monkeypatch):
     serving.main(["--model", "tiny", "--batch_sizes", "2", "--length", "8", *TIMES, "--json", str(tmp_path / "a.json")])
-    assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 5 + 2 + 6 + 8
+    assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 5 + 2 + 8 + 8
 
 
 def test_serving_refuses_wrong_outputs():
