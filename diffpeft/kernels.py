@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -177,9 +178,18 @@ def _turned(x: Tensor) -> Tensor:
 
 def turned(x: Tensor, fused: bool = False) -> Tensor:
     """The transpose of a matrix, laid out anew: on a CPU a compiler's loop goes in tiles."""
-    done, result = _compile_and_run(_turned, x.detach()) if fused and min(x.shape) > 8 else (False, None)
+    worth = fused and min(x.shape) > 8 and x.numel() >= WORTH_THREADS and x.is_contiguous()
+    done, result = _compile_and_run(_turned, x.detach()) if worth else (False, None)
     layout: Tensor = result if done and result is not None else _turned(x)
     return layout
+
+
+@functools.cache
+def prepare_turned() -> None:
+    """Compile [`turned`] before a backward pass needs it: what the compiler takes meanwhile would come on top of all activations."""
+    side = math.isqrt(WORTH_THREADS) + 1
+    with torch.no_grad():
+        turned(torch.zeros(side, side + 1), fused=True)
 
 
 def _run(chain: Callable[..., Any], fused: bool, tensors: Sequence[Tensor], *settings: Any, whole: bool = False) -> Any:

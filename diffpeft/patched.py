@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from diffpeft.autograd import compute_dtype, embedding_gradient
 from diffpeft.diff import write_
-from diffpeft.kernels import turned
+from diffpeft.kernels import prepare_turned, turned
 
 
 def can_be_patched(weight: Tensor) -> bool:
@@ -152,6 +152,8 @@ class _PatchedLinear(torch.autograd.Function):
         pattern: Pattern | None,
         fused: bool,
     ) -> Tensor:
+        if fused and pattern is not None:
+            prepare_turned()
         dtype = compute_dtype(x, weight)
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         x = x.to(dtype)
