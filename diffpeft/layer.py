@@ -79,15 +79,14 @@ class DiffPruningLayer(Mergeable):
         if name not in self.diffpruning_log_alpha[adapter_name]:
             return (parameter + w).to(parameter.dtype)
         if self.training:
+            sample = self._sample(adapter_name, name)
             made = self._made_together(adapter_name, name)
-            if made is not None:
-                return made
-            return sampled_parameter(parameter, *self._gates_of(adapter_name, name), self._sample(adapter_name, name))
+            return sampled_parameter(parameter, *self._gates_of(adapter_name, name), sample) if made is None else made
         return gates.gated_parameter(parameter, *self._gates_of(adapter_name, name), self.configs[adapter_name].stretch)
 
     def _made_together(self, adapter_name: str, name: str) -> Tensor | None:
         """A small effective parameter, which the first use of one in a pass makes for all; None for others."""
-        noise, key = self.noise, (self.key, adapter_name, name)
+        noise = self.noise
         if noise.model is None or torch.compiler.is_compiling() or may_be_replayed():
             return None
         if noise.made is None:
@@ -98,9 +97,7 @@ class DiffPruningLayer(Mergeable):
             if parts:
                 made = sampled_together(list(parts.values()), self.configs[adapter_name].stretch)
                 noise.made.update(zip(parts, made, strict=True))
-        if key in noise.made:
-            noise.seed(key)  # a use, like any other
-        return noise.made.get(key)
+        return noise.made.get((self.key, adapter_name, name))
 
     def _small_parts(self, adapter_name: str, device: torch.device) -> dict[tuple[str, str, str], Part]:
         """The module's small parameters that one adapter changes, and whose gates are sampled."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -71,6 +72,12 @@ def remove_hooks(module: nn.Module, before: Callable[..., Any], after: Callable[
     )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _digest(key: Hashable) -> tuple[int, ...]:
+    """What stands for a name: two numbers of 64 bits with a sign."""
+    return struct.unpack("<qq", hashlib.blake2b(repr(key).encode(), digest_size=16).digest())
+
+
 def may_be_replayed() -> bool:
     """Whether what runs now could be run again in the backward pass, as `torch.utils.checkpoint` does."""
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
@@ -80,9 +87,9 @@ class NoisePass:
     """Gives a parameter one seed a forward pass of the model, however often the pass uses it: a tied embedding, or a
     layer that runs twelve times, is one parameter with one gate (arXiv 2012.07463, section 2).
 
-    The seeds of a pass follow from the state of torch's generator at the first use and from the parameters' names, so that
-    they do not depend on the order of uses. Every use draws from the generator. Gradient checkpointing replays parts of a
-    pass later, with the generator's state restored: the draw comes out the same, and `_aliases` tells what it stood for.
+    Every use draws from torch's generator. The pass's first draw and the parameter's name tell its seed, whatever the order of
+    uses. Gradient checkpointing replays parts of a pass later, with the generator's state restored: the draw comes out the
+    same, and `_aliases` tells what it stood for.
     """
 
     def __init__(self) -> None:
@@ -93,7 +100,7 @@ class NoisePass:
         self.made: dict[Hashable, Tensor] | None = None
         """Effective parameters of the pass that were made before they are used; None before the first ones."""
         self._first: dict[Hashable, Tensor] | None = None
-        self._pass = b""
+        self._pass: Tensor | None = None
         self._aliases: dict[int, Tensor] = {}
         self._runs_in: dict[str, int] = {}  # a dict, because its setdefault cannot be interrupted
 
@@ -115,36 +122,31 @@ class NoisePass:
                     "two threads run this model at once, but a model with diffs runs in one at a time; hold a lock around "
                     "the forward pass, or give each thread a model of its own"
                 )
-        self.model, self.made, self._first = module, None, {}
+        self.model, self.made, self._first, self._pass = module, None, {}, None
 
     def _end(self, module: nn.Module, args: Sequence[Any], output: Any) -> None:
         if not torch.compiler.is_compiling():
             if self._runs_in.get("thread") != threading.get_ident():
                 return  # the pass that was refused
             self._runs_in.clear()
-        self.model, self.made, self._first = None, None, None
+        self.model, self.made, self._first, self._pass = None, None, None, None
 
     def seed(self, key: Hashable) -> Tensor:
         """The seed of the parameter that `key` stands for, at one of its uses."""
         drawn = new_seed()
-        if torch.compiler.is_compiling():  # a compiled pass has its own replay
-            return drawn if self._first is None else self._first.setdefault(key, drawn)
         if self._first is None:
-            return self._aliases.get(int(drawn[0]), drawn)
+            return drawn if torch.compiler.is_compiling() else self._aliases.get(int(drawn[0]), drawn)
+        self._pass = drawn if self._pass is None else self._pass
         seed = self.seed_of(key)
-        if may_be_replayed():
+        if not torch.compiler.is_compiling() and may_be_replayed():  # a compiled pass has its own replay
             self._aliases[int(drawn[0])] = seed
             if len(self._aliases) > ALIASES:
                 del self._aliases[next(iter(self._aliases))]
         return seed
 
     def seed_of(self, key: Hashable) -> Tensor:
-        """The same, for what is not a use: within a pass only."""
-        assert self._first is not None
-        if not self._first:
-            state = torch.get_rng_state().numpy().tobytes()
-            self._pass = hashlib.blake2b(state, digest_size=32).digest()
+        """The same for what is not a use, within a pass that has had one."""
+        assert self._first is not None and self._pass is not None
         if key not in self._first:
-            digest = hashlib.blake2b(repr(key).encode(), key=self._pass, digest_size=16).digest()
-            self._first[key] = torch.frombuffer(bytearray(digest), dtype=torch.int64)
+            self._first[key] = self._pass ^ torch.tensor(_digest(key))
         return self._first[key]

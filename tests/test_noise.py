@@ -29,11 +29,15 @@ def test_noise_lies_within_its_margin_and_is_uniform(device):
     torch.testing.assert_close(shares, torch.full_like(shares, 0.1), rtol=0, atol=5e-3)
 
 
-@pytest.mark.parametrize("apart", ["places", "seeds", "low parts", "high parts"])
+@pytest.mark.parametrize("apart", ["places", "seeds", "low parts", "high parts", "names"])
 def test_noise_at_neighbouring_places_and_seeds_is_independent(apart):
     seed, count = new_seed(), 1 << 18
     if apart == "places":
         first, second = draw(count + 1, "cpu", seed).unfold(0, count, 1)
+    elif apart == "names":  # of one pass
+        noise = NoisePass()
+        noise._begin(nn.Module(), ())
+        first, second = (draw(count, "cpu", noise.seed(("layer.0", "default", name))) for name in ("weight", "bias"))
     else:
         step = {"seeds": 7919, "low parts": 1, "high parts": 1 << 32}[apart]
         first, second = draw(count, "cpu", seed), draw(count, "cpu", seed + step)
