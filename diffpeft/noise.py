@@ -146,7 +146,8 @@ class NoisePass:
 
     def seed_of(self, key: Hashable) -> Tensor:
         """The same for what is not a use, within a pass that has had one."""
-        assert self._first is not None and self._pass is not None
+        assert self._first is not None
+        assert self._pass is not None
         if key not in self._first:
             self._first[key] = self._pass ^ torch.tensor(_digest(key))
         return self._first[key]
