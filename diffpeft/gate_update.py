@@ -119,8 +119,12 @@ def expected_nonzeros(groups: Sequence[Group], stretch: Stretch, elements: Tenso
 
 def _open_wholes(groups: Sequence[Group], stretch: Stretch) -> Tensor:
     """P(group open) of each group, fp32, shape (groups,); 1 without a group gate."""
-    one = torch.ones(1, device=groups[0].elements.log_alpha.device)
-    return torch.cat([one if g.whole is None else open_probability(g.whole.log_alpha, stretch) for g in groups])
+    some = [index for index, group in enumerate(groups) if group.whole is not None]
+    chances = torch.ones(len(groups), device=groups[0].elements.log_alpha.device)
+    if some:
+        locations = torch.cat([whole.log_alpha for index in some if (whole := groups[index].whole)])
+        chances[some] = open_probability(locations, stretch)
+    return chances
 
 
 def penalty_gradient(group: Group, stretch: Stretch, form: str) -> tuple[Tensor, Tensor | None]:
