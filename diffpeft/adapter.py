@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -13,31 +13,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 
-from diffpeft import gates, seal
+from diffpeft import factored, gates, seal
 from diffpeft.config import DiffPruningConfig
 from diffpeft.fixmask import FixmaskTensors
+from diffpeft.gate_tensors import GATING_BUFFERS, GROUP_MOMENTS, LEAN_BUFFERS, MOMENTS, Gating, new_moments
 from diffpeft.values import buffer_size
 
 GATING_PARAMETERS = ("diffpruning_w", "diffpruning_log_alpha", "diffpruning_group_log_alpha")
-GATING_BUFFERS = (
-    "diffpruning_exp_avg",
-    "diffpruning_exp_avg_sq",
-    "diffpruning_group_exp_avg",
-    "diffpruning_group_exp_avg_sq",
-)
 VALUES = "diffpruning_values"
 POSITIONS = "diffpruning_positions"
 
 
 _births = itertools.count()
-
-
-class GateTensors(NamedTuple):
-    """The gates of one parameter: locations and the two moments of their gradients."""
-
-    log_alpha: nn.Parameter
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
 
 
 def own_shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -75,13 +62,14 @@ def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return apply
 
 
-class AdapterTensors(FixmaskTensors, BaseTunerLayer):
+class AdapterTensors(FixmaskTensors, Gating, BaseTunerLayer):
     """The adapters' part of [`DiffPruningLayer`].
 
     Every tensor of an adapter lives in an attribute of the class's prefix, by adapter, then by parameter name:
 
     - gating: `diffpruning_w` and `diffpruning_log_alpha` (shape of the parameter, fp32), `diffpruning_group_log_alpha`
-      (shape (1,)), and as buffers the moments of the gates' gradients;
+      (shape (1,)), and as buffers the moments of the gates' gradients; large parameters in the low-memory mode have their
+      own forms of these (`diffpeft/lean.py`, `diffpeft/in_backward.py`);
     - fixmask: `diffpruning_values` (shape (k,), fp32 while they train) and, as a buffer, `diffpruning_positions` (packed,
       uint8).
 
@@ -90,15 +78,6 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
         key: the module's name in the base model.
         ties: parameters of `base_layer` that are the same tensor as one of another layer, which then owns the diff.
     """
-
-    # ModuleDicts: adapter name -> ParameterDict or BufferDict: parameter name -> tensor.
-    diffpruning_w: Any
-    diffpruning_log_alpha: Any
-    diffpruning_group_log_alpha: Any
-    diffpruning_exp_avg: Any
-    diffpruning_exp_avg_sq: Any
-    diffpruning_group_exp_avg: Any
-    diffpruning_group_exp_avg_sq: Any
 
     adapter_layer_names = (*GATING_PARAMETERS, VALUES)
     other_param_names = (*GATING_BUFFERS, POSITIONS)
@@ -116,6 +95,7 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
         self.configs: dict[str, DiffPruningConfig] = {}
         self.gates_born: dict[str, int] = {}
         """A number of its own each time that an adapter's gates are made: their memory may be that of others before."""
+        self.pending = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._trained: set[str] = set()  # while adapters are disabled: those that train otherwise
@@ -202,7 +182,7 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
         config = self.configs[adapter_name]
         self._clear(adapter_name)
         w, log_alpha, group_log_alpha = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
-        moments = [BufferDict(persistent=True) for _ in GATING_BUFFERS]
+        moments = {attribute: BufferDict(persistent=True) for attribute in GATING_BUFFERS}
         for name, shape in self.shapes.items():
             zeros = torch.zeros(shape, dtype=torch.float32, device=self._device())
             w[name] = nn.Parameter(zeros if config.init_weights else torch.randn_like(zeros).mul_(0.02))
@@ -210,17 +190,23 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
                 w[name].data.fill_(torch.nan)  # some loaders leave what is offloaded as it was: it must not pass for w
             if not config.gated:
                 continue
-            log_alpha[name] = nn.Parameter(torch.full_like(zeros, config.init_log_alpha))
-            moments[0][name], moments[1][name] = torch.zeros_like(zeros), torch.zeros_like(zeros)
+            lean = config.low_memory and factored.is_large(shape)
+            dtype = torch.float16 if lean else torch.float32
+            log_alpha[name] = nn.Parameter(torch.full_like(zeros, config.init_log_alpha, dtype=dtype))
+            own = new_moments(zeros) if lean else {kind: torch.zeros_like(zeros) for kind in MOMENTS}
+            for attribute, tensor in own.items():
+                moments[attribute][name] = tensor
             if config.structured:
                 zero = zeros.new_zeros(1)
                 group_log_alpha[name] = nn.Parameter(torch.full_like(zero, config.init_log_alpha))
-                moments[2][name], moments[3][name] = zero, zero.clone()
+                for attribute in GROUP_MOMENTS:
+                    moments[attribute][name] = zero.clone()
         self.gates_born[adapter_name] = next(_births)
         for attribute, tensors in zip(GATING_PARAMETERS, (w, log_alpha, group_log_alpha), strict=True):
             self._hold(attribute, adapter_name, tensors)
-        for attribute, buffers in zip(GATING_BUFFERS, moments, strict=True):
-            self._hold(attribute, adapter_name, buffers)
+        for attribute, buffers in moments.items():
+            if len(buffers) or attribute not in LEAN_BUFFERS:
+                self._hold(attribute, adapter_name, buffers)
         self._set_trainable(adapter_name)
 
     def start_fixmask(self, adapter_name: str, nnz: dict[str, int]) -> None:
@@ -293,6 +279,7 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
             container: Any = getattr(self, attribute)
             if adapter_name in container:
                 del container[adapter_name]
+        self.pending.pop(adapter_name, None)
         self.forget_positions(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -348,23 +335,6 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
         containers = [getattr(self, attribute) for attribute in GATING_PARAMETERS[1:]]
         return [p for container in containers if adapter_name in container for p in container[adapter_name].values()]
 
-    def gates(self, adapter_name: str) -> dict[str, tuple[GateTensors, GateTensors | None]]:
-        """Element gates and group gate of each parameter."""
-        found: dict[str, tuple[GateTensors, GateTensors | None]] = {}
-        if adapter_name not in self.diffpruning_log_alpha:
-            return found
-        groups = self.diffpruning_group_log_alpha[adapter_name]
-        for name, log_alpha in self.diffpruning_log_alpha[adapter_name].items():
-            element = GateTensors(
-                log_alpha, self.diffpruning_exp_avg[adapter_name][name], self.diffpruning_exp_avg_sq[adapter_name][name]
-            )
-            group = None
-            if name in groups:
-                averages = self.diffpruning_group_exp_avg[adapter_name], self.diffpruning_group_exp_avg_sq[adapter_name]
-                group = GateTensors(groups[name], averages[0][name], averages[1][name])
-            found[name] = (element, group)
-        return found
-
     def _tensor(self, attribute: str, adapter_name: str, name: str) -> Tensor:
         tensor: Tensor = getattr(self, attribute)[adapter_name][name]
         return tensor
@@ -375,8 +345,10 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
             w: Tensor = self._tensor("diffpruning_w", adapter_name, name)
             if name not in self.diffpruning_log_alpha[adapter_name]:
                 return w.clone()
-            stretch = self.configs[adapter_name].stretch
-            delta = gates.gate(self._tensor("diffpruning_log_alpha", adapter_name, name), None, stretch).mul_(w)
+            stretch, delta = self.configs[adapter_name].stretch, torch.empty_like(w)
+            log_alpha = self._tensor("diffpruning_log_alpha", adapter_name, name)
+            for result, location, own in gates.pieces(delta, log_alpha, w):
+                torch.mul(gates.gate(location, None, stretch), own, out=result)
             if name in self.diffpruning_group_log_alpha[adapter_name]:
                 group_log_alpha = self._tensor("diffpruning_group_log_alpha", adapter_name, name)
                 delta.mul_(gates.gate(group_log_alpha, None, stretch).reshape(()))
@@ -385,14 +357,15 @@ class AdapterTensors(FixmaskTensors, BaseTunerLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         """Move or cast the wrapped module; the adapter moves along but keeps its dtypes.
 
-        bf16 gates would lose updates: near log_alpha = 5 half an ulp is 0.016.
+        bf16 gates would lose updates: near log_alpha = 5 half an ulp is 0.016. (fp16 ones, of the low-memory mode, are
+        rounded at random.)
         """
         for name, child in self.named_children():
             child._apply(fn if name == "base_layer" else _keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move the adapter's tensors beside the base parameters (PEFT's hook after loading); gates stay fp32."""
+        """Move the adapter's tensors beside the base parameters (PEFT's hook after loading); gates keep their dtypes."""
         target = self._device() if device is None else device
         for attribute in self._all_names():
             container: Any = getattr(self, attribute)

@@ -14,6 +14,7 @@ from transformers.trainer_callback import ExportableState
 
 from diffpeft import resume
 from diffpeft.ddp import DDPFinder
+from diffpeft.in_backward import InBackward
 from diffpeft.logs import LEARNING_RATE
 from diffpeft.model import FIXMASK, GATING, DiffPruningModel
 from diffpeft.sharding import check_launch
@@ -38,7 +39,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
     Raises:
         ValueError: when training begins, if the model has no diff-pruning adapter, gating is longer than the run, or the
             checkpoint that training resumes from is damaged or of another run: its config, base or length of gating.
-        FloatingPointError: gradients are NaN or infinite. The model is as it was before the update.
+        FloatingPointError: gradients are NaN or infinite. The model is as it was before the update, but for diffs that
+            `low_memory=True` had updated by then.
     """
 
     FIXMASK_FACTOR = 10.0
@@ -73,6 +75,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         self._skipped = 0
         self._tuner: DiffPruningModel | None = None
         self._settings: dict[str, Any] = {}
+        self._in_backward: InBackward | None = None
         self._ddp = DDPFinder()
 
     def state(self) -> dict[str, Any]:
@@ -93,7 +96,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         """Check how the Trainer was launched, before anything is sharded."""
         tuner = DiffPruningModel.of(kwargs["model"])
         if tuner is not None:
-            check_launch(args, tuner.phase() == GATING, self.fixmask_warmup_steps)
+            check_launch(args, tuner.phase() == GATING, self.fixmask_warmup_steps, _is_lean(tuner))
             tuner.open_values()
 
     def on_train_begin(
@@ -107,7 +110,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}); wrap it first: "
                 "model = get_peft_model(model, DiffPruningConfig())"
             )
-        check_launch(args, tuner.phase() == GATING, self.fixmask_warmup_steps)
+        check_launch(args, tuner.phase() == GATING, self.fixmask_warmup_steps, _is_lean(tuner))
         self.transition_step = self._gating_steps(state)
         self._factors, self._scheduled, self._skipped = [], [], 0
         name = tuner._name(None)
@@ -126,6 +129,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             )
         if not args.learning_rate > 0:
             raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
+        if _is_lean(tuner):
+            self._in_backward = tuner.update_in_backward(kwargs["optimizer"])
         self._tuner, self._settings = tuner, resume.settings(tuner, name)
         self._ddp.watch(model)
 
@@ -164,6 +169,14 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         resume.check(tuner, adapter_name, entry["saved"])
         self._factors = entry["attributes"]["_factors"]
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """In the low-memory mode, set the learning rate of the updates within the backward pass: as [`on_pre_optimizer_step`]
+        would, with the density that the last update has left."""
+        if self._in_backward is not None and self._tuner is not None:
+            self._in_backward.rate_factor = self._gating_factor(self._tuner, args)
+
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -192,22 +205,26 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         if state.global_step >= state.max_steps:  # the step that transformers takes when an ended run is resumed
             return [0.0] * len(self._scheduled)
         if tuner.phase() == GATING:
-            automatic = tuner.is_gated() and tuner.peft_config[tuner.active_adapters[0]].l0_lambda == "auto"
-            progress = tuner.sparsification() if automatic else 0.0
-            return [(self._fixmask_rate(args) / args.learning_rate) ** progress] * len(self._scheduled)
+            return [self._gating_factor(tuner, args)] * len(self._scheduled)
         warmup = self.fixmask_warmup_steps
         if warmup < 1:
             warmup *= state.max_steps - self.transition_step
         risen = min(1.0, (state.global_step + 1 - self.transition_step) / max(1.0, warmup))
         return [risen * factor for factor in self._factors or [1.0] * len(self._scheduled)]
 
+    def _gating_factor(self, tuner: DiffPruningModel, args: TrainingArguments) -> float:
+        automatic = tuner.is_gated() and tuner.peft_config[tuner.active_adapters[0]].l0_lambda == "auto"
+        progress = tuner.sparsification() if automatic else 0.0
+        return float((self._fixmask_rate(args) / args.learning_rate) ** progress)
+
     def _check_finite(self, finite: bool, args: TrainingArguments, state: TrainerState) -> None:
         self._skipped = 0 if finite else self._skipped + 1
         if not finite and (not args.fp16 or self._skipped > self.MAX_SKIPPED):
+            before = "but for diffs that low_memory=True had updated by then, " if self._in_backward is not None else ""
             raise FloatingPointError(
                 f"the gradients of step {state.global_step + 1} are NaN or infinite"
-                f"{f', for the {self._skipped}th time in a row' if args.fp16 else ''}; the model is as it was before this "
-                "update. Look at the loss and the data of this step, lower the learning rate, and resume from the last "
+                f"{f', for the {self._skipped}th time in a row' if args.fp16 else ''}; {before}the model is as it was before "
+                "this update. Look at the loss and the data of this step, lower the learning rate, and resume from the last "
                 "checkpoint"
             )
 
@@ -233,6 +250,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         if state.global_step < self.transition_step or tuner.phase() == FIXMASK:
             return
         summary = tuner.magnitude_prune(optimizer=kwargs["optimizer"])
+        self._in_backward = None
         rates = [float(group["lr"]) for group in kwargs["optimizer"].param_groups]
         self._factors = [self._fixmask_rate(args) / rate if rate > 0 else 1.0 for rate in rates]
         self._ddp.rebuild()
@@ -245,6 +263,9 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         """Prune what was stopped in gating, and let go of the model."""
         tuner, self._tuner = self._tuner, None
         self._ddp.stop()
+        if self._in_backward is not None:
+            self._in_backward.remove()
+            self._in_backward = None
         if tuner is not None and tuner.phase() == GATING:
             warnings.warn(
                 f"training was stopped at step {state.global_step}, in gating, which lasts until step "
@@ -256,6 +277,12 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
 
     def _fixmask_rate(self, args: TrainingArguments) -> float:
         return self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate
+
+
+def _is_lean(tuner: DiffPruningModel) -> bool:
+    """Whether the active adapter is in gating, in the low-memory mode."""
+    name = tuner.active_adapters[0]
+    return tuner.is_gated(name) and bool(tuner.peft_config[name].low_memory)
 
 
 def _finite_gradients(optimizer: torch.optim.Optimizer) -> bool:

@@ -19,6 +19,8 @@ from diffpeft.peft_type import DIFFPRUNING
 from diffpeft.values import check_dtype
 
 GROUP_PENALTIES = ("product", "additive")
+FARTHEST = 1e3
+"""From nought, where gates in fp16 begin: beyond they could hardly move."""
 FORMAT_VERSION = 2
 """Of the adapter files that this version writes (docs/format.md), and the only one that it reads."""
 
@@ -91,6 +93,14 @@ class DiffPruningConfig(PeftConfig):
         default=(-1.5, 1.5), metadata={"help": "(l, r) of the hard-concrete distribution, l < 0 and r > 1."}
     )
     init_log_alpha: float = field(default=5.0, metadata={"help": "Where the locations of the gates start."})
+    low_memory: bool = field(
+        default=False,
+        metadata={
+            "help": "Gating in the memory of full fine-tuning with AdamW, by coarser moments and by updates of the diff "
+            "within the backward pass (docs/performance.md, 'Low memory'). One process, no fp16 gradient scaling, an "
+            "optimizer of Adam's family."
+        },
+    )
     init_weights: bool = field(
         default=True,
         metadata={"help": "True starts the diff at zero. False starts it at random, which only tests want."},
@@ -134,6 +144,16 @@ class DiffPruningConfig(PeftConfig):
         ):
             raise ValueError(
                 f"l0_lambda={self.l0_lambda!r} is no penalty; use 'auto' or a finite number of at least 0, e.g. 1.25e-7"
+            )
+        if self.low_memory and not (self.gated and self.l0_lambda == "auto"):
+            raise ValueError(
+                f"low_memory=True is for gates under the automatic penalty, not for gated={self.gated} and "
+                f"l0_lambda={self.l0_lambda!r}; use gated=True and l0_lambda='auto', or low_memory=False"
+            )
+        if self.low_memory and abs(self.init_log_alpha) > FARTHEST:
+            raise ValueError(
+                f"init_log_alpha={self.init_log_alpha} is farther than what low_memory=True can hold in fp16; use at most "
+                f"{FARTHEST:g}, 5.0 in the paper"
             )
         if self.gate_learning_rate is not None and not 0 < self.gate_learning_rate < float("inf"):
             raise ValueError(

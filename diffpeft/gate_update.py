@@ -24,6 +24,7 @@ from torch import Tensor
 from diffpeft import kernels
 from diffpeft.gates import Stretch, open_logit, open_probability, open_shift
 from diffpeft.kernels import BETAS, direction
+from diffpeft.lean import LeanGates
 
 PAPER_PACE = 0.1
 TRAVEL = 40.0
@@ -54,7 +55,7 @@ class Gates(NamedTuple):
 class Group(NamedTuple):
     """The gates of one parameter tensor: of its elements, and of the whole or None."""
 
-    elements: Gates
+    elements: Gates | LeanGates
     whole: Gates | None
 
 
@@ -80,7 +81,7 @@ def open_elements(groups: Sequence[Group], stretch: Stretch, fused: bool = False
     """Sum over the elements of P(element open) of each group, float64, shape (groups,), group gates left out."""
     sums = torch.zeros(len(groups), dtype=torch.int64, device=groups[0].elements.log_alpha.device if groups else None)
     for index, group in enumerate(groups):
-        if group.elements.log_alpha.numel() > SMALL:
+        if not _is_small(group):
             sums[index] = kernels.open_elements(group.elements.log_alpha, stretch, fused)
     small = _small(groups)
     if small:
@@ -93,7 +94,11 @@ def open_elements(groups: Sequence[Group], stretch: Stretch, fused: bool = False
 
 def _small(groups: Sequence[Group]) -> list[int]:
     """Which groups are so small that launching kernels for each would cost most of the time."""
-    return [index for index, group in enumerate(groups) if group.elements.log_alpha.numel() <= SMALL]
+    return [index for index, group in enumerate(groups) if _is_small(group)]
+
+
+def _is_small(group: Group) -> bool:
+    return isinstance(group.elements, Gates) and group.elements.log_alpha.numel() <= SMALL
 
 
 def _move_together(gates: Sequence[Gates], rule: Tensor) -> None:
@@ -176,6 +181,7 @@ def fixed_lambda_step(
     by_wholes = l0_lambda * (elements if product else torch.ones_like(elements))
     weighted: list[tuple[Gates, Tensor]] = []
     for group, by_element, by_whole in zip(groups, by_elements.float(), by_wholes.float(), strict=True):
+        assert isinstance(group.elements, Gates)  # the config allows lean ones with the automatic rule alone
         weighted.append((group.elements, by_element))
         if group.whole is not None:
             weighted.append((group.whole, by_whole))
@@ -196,6 +202,7 @@ def automatic_step(
     wanted: float,
     elements: Tensor | None = None,
     fused: bool = False,
+    folded: bool = False,
 ) -> float:
     """One update that brings the expected number of nonzeros from `expected` to `wanted`, as far as `pace` allows.
 
@@ -208,12 +215,15 @@ def automatic_step(
         wanted: expected number of nonzeros to have after this step.
         elements: what [`open_elements`] gives, if known.
         fused: whether to compile.
+        folded: whether the gradients are in the moments already (`diffpeft/lean.py`), and `grad` is what is not.
 
     Returns:
         The pull lambda, in units of the loss.
     """
     elements = open_elements(groups, stretch, fused) if elements is None else elements
     correction = 1 - BETAS[0] ** (step + 1), 1 - BETAS[1] ** (step + 1)
+    if folded:  # what follows lets moments decay, after which they are beta times what they should be
+        correction = correction[0] * BETAS[0], correction[1] * BETAS[1]
     pull, brake = _Sample(groups, correction, pace, stretch, wanted / expected).solve()
     rule = torch.tensor(
         [pull, pace, pace * brake, 1 / correction[0], 1 / correction[1]], device=elements.device, dtype=torch.float32
@@ -221,9 +231,11 @@ def automatic_step(
     _move_wholes(groups, rule, elements)
     small = _small(groups)
     if small:
-        _move_together([groups[index].elements for index in small], rule)
+        _move_together([gates for index in small if isinstance(gates := groups[index].elements, Gates)], rule)
     for group in groups:
-        if group.elements.log_alpha.numel() > SMALL:
+        if isinstance(group.elements, LeanGates):
+            group.elements.move(rule, fused)
+        elif not _is_small(group):
             kernels.automatic_(*group.elements, rule, fused)
     return pull
 
@@ -234,9 +246,9 @@ def _move_wholes(groups: Sequence[Group], rule: Tensor, elements: Tensor) -> Non
     The paper's product would pull on a group with the sum over its elements and shut whole tensors first. Its mean over the
     elements makes elements decide first; a group goes when nothing in it is worth a pull.
     """
-    some = [index for index, group in enumerate(groups) if group.whole is not None and group.elements.grad.numel()]
+    some = [index for index, group in enumerate(groups) if group.whole is not None and group.elements.log_alpha.numel()]
     if some:
-        sizes = elements.new_tensor([groups[index].elements.grad.numel() for index in some])
+        sizes = elements.new_tensor([groups[index].elements.log_alpha.numel() for index in some])
         pulls = (rule[0] * elements[some] / sizes).float().unsqueeze(0)
         _move_together(
             [whole for index in some if (whole := groups[index].whole)],
@@ -251,6 +263,16 @@ def _some(tensor: Tensor, stride: int) -> Tensor:
     return flat[: lines * LINE * stride].view(lines, -1)[:, :LINE].reshape(-1) if lines else flat[::stride]
 
 
+def _sampled(gates: Gates | LeanGates, stride: int) -> tuple[Tensor, ...]:
+    """One in `stride` of the gates: locations, gradients and moments."""
+    if isinstance(gates, Gates):
+        return tuple(_some(tensor, stride) for tensor in gates)
+    count, device = gates.log_alpha.numel(), gates.log_alpha.device
+    lines = torch.arange(0, count - LINE, LINE * stride, device=device)
+    log_alpha, exp_avg, exp_avg_sq = gates.at((lines.unsqueeze(1) + torch.arange(LINE, device=device)).view(-1))
+    return log_alpha, torch.zeros_like(log_alpha), exp_avg, exp_avg_sq
+
+
 class _Sample:
     """Some of the gates, on which the step is found after which they have `ratio` times their expected number of nonzeros."""
 
@@ -263,7 +285,7 @@ class _Sample:
         ratio: float,
     ) -> None:
         stride = max(1, sum(group.elements.log_alpha.numel() for group in groups) // SAMPLE)
-        parts = [[_some(tensor, stride) for tensor in group.elements] for group in groups]
+        parts = [_sampled(group.elements, stride) for group in groups]
         log_alpha, grad, exp_avg, exp_avg_sq = (torch.cat(column) for column in zip(*parts, strict=True))
         counts = torch.tensor([part[0].numel() for part in parts], device=log_alpha.device)
         self.logit = open_logit(log_alpha, stretch)

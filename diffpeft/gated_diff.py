@@ -31,7 +31,7 @@ class GatedDiff:
 
     Args:
         w: the dense diff, fp32, any shape.
-        log_alpha: locations of the element gates, shape of `w`, or None for a diff without gates.
+        log_alpha: locations of the element gates, fp32 or fp16, shape of `w`, or None for a diff without gates.
         group_log_alpha: location of the group gate, shape (1,), or None.
         stretch: (l, r) with l < 0 and 1 < r.
     """

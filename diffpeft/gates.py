@@ -34,8 +34,14 @@ def pieces(*tensors: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(torch.split(tensor.view(-1), PIECE) for tensor in present), strict=True)
 
 
+def widened(log_alpha: Tensor) -> Tensor:
+    """Locations as they are computed with: those of the low-memory mode, fp16, in fp32."""
+    return log_alpha.float() if log_alpha.dtype == torch.float16 else log_alpha
+
+
 def binary_concrete(log_alpha: Tensor, noise: Tensor | None) -> Tensor:
     """s = sigmoid(logit(noise) + log_alpha), same shape as `log_alpha`; without noise u = 1/2, the deterministic gate."""
+    log_alpha = widened(log_alpha)
     if noise is None:
         return torch.sigmoid(log_alpha)
     # sigmoid(logit(u) + a) = 1 / (1 + exp(-a) (1 - u) / u): one transcendental function instead of three.
@@ -69,8 +75,8 @@ def open_shift(stretch: Stretch) -> float:
 
 
 def open_logit(log_alpha: Tensor, stretch: Stretch) -> Tensor:
-    """logit of P(z > 0) = log_alpha - log(-l / r)."""
-    return log_alpha - open_shift(stretch)
+    """logit of P(z > 0) = log_alpha - log(-l / r), at least fp32."""
+    return widened(log_alpha) - open_shift(stretch)
 
 
 def open_probability(log_alpha: Tensor, stretch: Stretch) -> Tensor:
@@ -139,7 +145,7 @@ def gated_parameter(
     Args:
         base: the frozen pretrained parameter, any shape and floating dtype; receives no gradient.
         w: the dense diff, fp32, shape of `base`.
-        log_alpha: locations of the element gates, fp32, shape of `base`.
+        log_alpha: locations of the element gates, fp32 or fp16, shape of `base`.
         group_log_alpha: location of the group gate, fp32, shape (1,), or None for the unstructured form.
         stretch: (l, r) with l < 0 and 1 < r.
         noise: uniform noise of the shape of `base`, or None for deterministic gates.

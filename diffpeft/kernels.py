@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffpeft.gates import PIECE, Stretch, binary_concrete, gate_slope, open_shift, stretch_and_clamp
+from diffpeft.gates import PIECE, Stretch, binary_concrete, gate_slope, open_shift, stretch_and_clamp, widened
 from diffpeft.noise import uniform
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def _gradients(
 
 def open_units(log_alpha: Tensor, shift: float) -> Tensor:
     """P(z > 0) in units of 2^-30, int32."""
-    return (torch.sigmoid(log_alpha - shift) * UNIT).to(torch.int32)
+    return (torch.sigmoid(widened(log_alpha) - shift) * UNIT).to(torch.int32)
 
 
 def _open_elements(log_alpha: Tensor, start: int, shift: float) -> Tensor:
@@ -151,8 +151,8 @@ _broken: list[BaseException] = []
 """Why nothing is compiled in this process any more."""
 
 
-def _compile_and_run(chain: Callable[..., Any], first: Tensor, *others: Any) -> tuple[bool, Any]:
-    """Whether there is a compiler, and what the chain returns then."""
+def compile_and_run(chain: Callable[..., Any], first: Tensor, *others: Any) -> tuple[bool, Any]:
+    """Whether there is a compiler, and what the chain returns then. The size of `first` decides on threads."""
     if _broken:
         return False, None
     try:
@@ -179,7 +179,7 @@ def _turned(x: Tensor) -> Tensor:
 def turned(x: Tensor, fused: bool = False) -> Tensor:
     """The transpose of a matrix, laid out anew: on a CPU a compiler's loop goes in tiles."""
     worth = fused and min(x.shape) > 8 and x.numel() >= WORTH_THREADS and x.is_contiguous()
-    done, result = _compile_and_run(_turned, x.detach()) if worth else (False, None)
+    done, result = compile_and_run(_turned, x.detach()) if worth else (False, None)
     layout: Tensor = result if done and result is not None else _turned(x)
     return layout
 
@@ -202,7 +202,7 @@ def _run(chain: Callable[..., Any], fused: bool, tensors: Sequence[Tensor], *set
     if flat and not whole:
         tensors = [tensor.view(-1) for tensor in tensors]
     if fused and flat and tensors[0].numel() > 1:
-        done, result = _compile_and_run(chain, *tensors, 0, *settings)
+        done, result = compile_and_run(chain, *tensors, 0, *settings)
         if done:
             return result
     if not flat or whole or tensors[0].device.type != "cpu" or tensors[0].numel() <= PIECE:

@@ -113,8 +113,9 @@ class DiffPruningLayer(Mergeable):
         parts = {}
         for name, log_alpha in self.diffpruning_log_alpha[adapter_name].items():
             own = module._parameters.get(name)
-            lean = name == "weight" and type(module) in (nn.Linear, nn.Embedding)  # with a way of its own
-            if own is not None and log_alpha.numel() <= SMALL and log_alpha.device == own.device == device and not lean:
+            apart = name == "weight" and type(module) in (nn.Linear, nn.Embedding)  # with a way of its own
+            apart = apart or log_alpha.numel() > SMALL or self.lean_gates(adapter_name, name) is not None
+            if own is not None and log_alpha.device == own.device == device and not apart:
                 key = self.key, adapter_name, name
                 parts[key] = Part(own, *self._gates_of(adapter_name, name), self.noise.seed_of(key))
         return parts
@@ -127,7 +128,8 @@ class DiffPruningLayer(Mergeable):
     def _sample(self, adapter_name: str, name: str) -> Sample:
         """How a parameter's gates are sampled in this pass."""
         seed = self.noise.seed((self.key, adapter_name, name))
-        return Sample(seed, self.configs[adapter_name].stretch, self.fused, self.noise.scratch)
+        fold = self.folding(adapter_name, name)
+        return Sample(seed, self.configs[adapter_name].stretch, self.fused, self.noise.scratch, fold)
 
     def changes_any(self, adapter_name: str) -> bool:
         """Whether the adapter has a diff for one of the module's own parameters."""

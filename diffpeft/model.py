@@ -14,14 +14,17 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from diffpeft import gate_update, gates, positions, pruning, scan
-from diffpeft.adapter import GATING_PARAMETERS, VALUES, GateTensors, is_quantized, own_shapes
+from diffpeft.adapter import GATING_PARAMETERS, VALUES, is_quantized, own_shapes
 from diffpeft.combine import combine
 from diffpeft.config import DiffPruningConfig, check_density
+from diffpeft.gate_tensors import GATING_BUFFERS, GateTensors
 from diffpeft.gated_diff import GatedDiff
+from diffpeft.in_backward import InBackward
 from diffpeft.layer import DiffPruningLayer
+from diffpeft.lean import LeanGates
 from diffpeft.optimizer import check_replaceable, replace_parameters
 from diffpeft.serving import Serving
-from diffpeft.sharding import check_whole
+from diffpeft.sharding import check_low_memory, check_whole
 from diffpeft.values import rounded, stored_size
 
 GATING, FIXMASK = "gating", "fixmask"
@@ -91,8 +94,8 @@ class DiffPruningModel(Serving):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """The gates' moments, by name in the PeftModel. They follow from gradients that are equal on all ranks;
         DistributedDataParallel, which reads this name, would send them around in every forward."""
-        names = ("diffpruning_exp_avg", "diffpruning_group_exp_avg")
-        return [f"base_model.{name}" for name, _ in self.named_buffers() if any(f".{part}" in name for part in names)]
+        names = [name for name, _ in self.named_buffers()]
+        return [f"base_model.{name}" for name in names if any(f".{part}." in name for part in GATING_BUFFERS)]
 
     # Phases
 
@@ -117,7 +120,12 @@ class DiffPruningModel(Serving):
             )
 
         pairs = [pair for layer in self._layers(adapter_name) for pair in layer.gates(adapter_name).values()]
-        return [gate_update.Group(gates_of(elements), whole and gates_of(whole)) for elements, whole in pairs]
+        return [
+            gate_update.Group(
+                elements if isinstance(elements, LeanGates) else gates_of(elements), whole and gates_of(whole)
+            )
+            for elements, whole in pairs
+        ]
 
     def _is_fused(self, adapter_name: str) -> bool:
         return any(layer.fused for layer in self._layers(adapter_name))
@@ -202,13 +210,41 @@ class DiffPruningModel(Serving):
             return 1.0
         return min(1.0, max(0.0, math.log(self.expected_density(name)) / math.log(target)))
 
+    def update_in_backward(self, optimizer: torch.optim.Optimizer, adapter_name: str | None = None) -> InBackward:
+        """With `low_memory=True`, have large diffs updated within the backward pass, and gradients of gates used up there. Call it
+        once before training, or before training goes on; [`DiffPruningCallback`] does.
+
+        The diffs take learning rate and weight decay of their group of the optimizer as they are during backward. Pruning
+        ends it.
+
+        Args:
+            optimizer: of Adam's family, made of `model.parameters()`.
+            adapter_name: the adapter, by default the active one.
+
+        Returns:
+            What ends it before, with `remove()`, and has a factor for the learning rates, `rate_factor`.
+
+        Raises:
+            ValueError: the adapter is pruned or its config has no low_memory=True; more than one process; fp16 with gradient
+                scaling; what [`diffpeft.in_backward.InBackward`] refuses.
+        """
+        name = self._name(adapter_name)
+        if self.phase(name) != GATING or not self.peft_config[name].low_memory:
+            raise ValueError(
+                f"adapter {name!r} is in {self.phase(name)} and has low_memory={self.peft_config[name].low_memory}; "
+                "update_in_backward is for gating with DiffPruningConfig(low_memory=True)"
+            )
+        check_low_memory()
+        return InBackward(optimizer, [one for layer in self._layers(name) for one in layer.watched(name)])
+
     @torch.no_grad()
     def gate_step(self, step: int, gating_steps: int, adapter_name: str | None = None) -> float:
         """Move the gates once, from the gradients of the task loss on them, and clear these gradients.
 
         Call it once an update, after backward and gradient clipping and before `optimizer.step()`, which then has
         nothing to do for the gates. [`DiffPruningCallback`] does. An update whose gradients are not finite is skipped,
-        as a gradient scaler skips its own.
+        as a gradient scaler skips its own. With `low_memory=True` the gradients are in the gates' moments by then, but for what
+        was not finite.
 
         Args:
             step: updates done so far, from 0.
@@ -217,6 +253,10 @@ class DiffPruningModel(Serving):
 
         Returns:
             The lambda that was used: the config's, or the one that was solved for; NaN if the update was skipped.
+
+        Raises:
+            ValueError: the adapter is pruned; parameters are sharded; with `low_memory=True` gradients that were to be used up
+                in the backward pass.
         """
         name = self._name(adapter_name)
         if self.phase(name) != GATING:
@@ -224,10 +264,14 @@ class DiffPruningModel(Serving):
         config: DiffPruningConfig = self.peft_config[name]
         if not config.gated:
             return 0.0
+        layers = self._layers(name)
+        check_whole((gate.log_alpha for layer in layers for gate, _ in layer.gates(name).values()), "gate_step")
+        finished = [layer.finish_update(name) for layer in layers] if config.low_memory else []
         groups = self._groups(name)
-        check_whole((group.elements.log_alpha for group in groups), "gate_step")
+        sums = [group.elements.grad.sum() for group in groups if isinstance(group.elements, gate_update.Gates)]
+        finite = all(finished) and (not sums or bool(torch.stack(sums).sum().isfinite()))
         l0_lambda, fused = math.nan, self._is_fused(name)
-        if bool(torch.isfinite(torch.stack([group.elements.grad.sum() for group in groups]).sum())):
+        if finite:
             if config.l0_lambda == "auto":
                 total, elements = self.num_base_parameters(), self._open_elements(name, groups)
                 expected = gate_update.expected_nonzeros(groups, config.stretch, elements)
@@ -238,7 +282,7 @@ class DiffPruningModel(Serving):
                 wanted = gate_update.density_schedule(step, gating_steps, start, min(start, target))
                 pace = gate_update.automatic_pace(step, gating_steps, config.gate_learning_rate)
                 l0_lambda = gate_update.automatic_step(
-                    groups, step, pace, config.stretch, expected, wanted, elements, fused
+                    groups, step, pace, config.stretch, expected, wanted, elements, fused, folded=config.low_memory
                 )
             else:
                 pace, l0_lambda = config.gate_learning_rate or gate_update.PAPER_PACE, float(config.l0_lambda)

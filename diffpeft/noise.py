@@ -31,11 +31,10 @@ def parts(seed: Tensor, device: torch.device) -> Tensor:
     return seed.view(torch.int32).to(device)
 
 
-def uniform(seed: Tensor, places: Tensor) -> Tensor:
-    """The uniform numbers at places of the stream that belongs to a seed: fp32, shape of `places`, in (NOISE_MARGIN,
-    1 - NOISE_MARGIN).
+def bits(seed: Tensor, places: Tensor) -> Tensor:
+    """32 random bits at each place of the stream that belongs to a seed: int32, shape of `places`.
 
-    A number follows from seed and place alone, so that noise can be made anew for a backward pass, for some rows of a matrix
+    They follow from seed and place alone, so that noise can be made anew for a backward pass, for some rows of a matrix
     and on any device, with the same bits, and need not be stored. Three numbers of the seed choose the stream: an odd factor and
     an offset of the place, and what is mixed in on the way. The mixer is that of MurmurHash3 with Chris Wellons' constants
     ("lowbias32", hash prospector).
@@ -48,8 +47,13 @@ def uniform(seed: Tensor, places: Tensor) -> Tensor:
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
     x = x ^ seed[2]
     x = (x ^ ((x >> 15) & 0x1FFFF)) * (0x846CA68B - (1 << 32))
-    x = x ^ ((x >> 16) & 0xFFFF)
-    return ((x >> 8) & 0xFFFFFF).to(torch.float32) * (2.0**-24 * (1 - 2 * NOISE_MARGIN)) + NOISE_MARGIN
+    return x ^ ((x >> 16) & 0xFFFF)
+
+
+def uniform(seed: Tensor, places: Tensor) -> Tensor:
+    """Uniform numbers at places of the stream that belongs to a seed: fp32, shape of `places`, in (NOISE_MARGIN,
+    1 - NOISE_MARGIN). Arguments as of [`bits`]."""
+    return ((bits(seed, places) >> 8) & 0xFFFFFF).to(torch.float32) * (2.0**-24 * (1 - 2 * NOISE_MARGIN)) + NOISE_MARGIN
 
 
 def uniform_at(seed: Tensor, place: int) -> Tensor:

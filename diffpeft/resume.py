@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from diffpeft.adapter import GATING_BUFFERS, GATING_PARAMETERS
+from diffpeft.adapter import GATING_PARAMETERS
+from diffpeft.gate_tensors import GATING_BUFFERS
 from diffpeft.model import DiffPruningModel
 from diffpeft.sharding import is_sharded
 
@@ -35,6 +36,7 @@ DECISIVE = (
     "gate_learning_rate",
     "stretch",
     "init_log_alpha",
+    "low_memory",
 )
 """Fields of the config that a resumed run must have as the checkpoint's had them."""
 

@@ -6,6 +6,7 @@ between the two only the module's input is kept. [`diffpeft.gates.gated_paramete
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,8 @@ class Sample(NamedTuple):
     """Whether chains of elementwise operations are compiled."""
     scratch: Scratch
     """For effective weights of linear layers."""
+    fold: Callable[[Tensor, Tensor | None], None] | None = None
+    """Takes the gradient of the elements' locations, and of which rows it is (None: of all), in place of autograd."""
 
 
 class _Gates:
@@ -53,7 +56,7 @@ class _Gates:
 
     def effective(self, out: Tensor, base: Tensor, w: Tensor, log_alpha: Tensor, rows: Tensor | None = None) -> Tensor:
         """The effective parameter, or some rows of it, in `out`."""
-        _, stretch, fused, _ = self.sample
+        stretch, fused = self.sample.stretch, self.sample.fused
         kernels.effective(out, base, w, log_alpha, self.whole, self.seed, stretch, rows, fused)
         return out
 
@@ -63,15 +66,19 @@ class _Gates:
 
     def gradients(
         self, grad: Tensor, w: Tensor, log_alpha: Tensor, rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """By w, by the elements' locations and by the group's."""
-        _, stretch, fused, _ = self.sample
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """By w, by the elements' locations, unless these are folded, and by the group's."""
+        stretch, fused, fold = self.sample.stretch, self.sample.fused, self.sample.fold
         by_w, by_log_alpha, total = kernels.gradients(grad, w, log_alpha, self.whole, self.seed, stretch, rows, fused)
+        by_elements: Tensor | None = by_log_alpha
+        if fold is not None:
+            fold(by_log_alpha, rows)
+            by_elements = None
         if self.group_s is None:
-            return by_w, by_log_alpha, None
+            return by_w, by_elements, None
         inside = (self.whole > 0) & (self.whole < 1)
         slope = (1 - self.group_s) * self.group_s * ((stretch[1] - stretch[0]) * inside)
-        return by_w, by_log_alpha, total * slope
+        return by_w, by_elements, total * slope
 
 
 class _SampledParameter(torch.autograd.Function):
@@ -150,7 +157,9 @@ class _SampledEmbedding(torch.autograd.Function):
         by_row = embedding_gradient(grad, rows, places, ctx.padding_idx)
         own = [tensor.index_select(0, rows) for tensor in (w, log_alpha)]
         *by_rows, by_group = ctx.gates.gradients(by_row, *own, rows)
-        by_w, by_log_alpha = (torch.zeros_like(w).index_copy_(0, rows, part) for part in by_rows)
+        by_w, by_log_alpha = (
+            part if part is None else torch.zeros_like(w).index_copy_(0, rows, part) for part in by_rows
+        )
         return None, None, None, by_w, by_log_alpha, by_group, None
 
 
@@ -162,7 +171,7 @@ def sampled_parameter(
     Args:
         base: the frozen pretrained parameter theta, any shape and floating dtype.
         w: the dense diff, fp32, shape of `base`.
-        log_alpha: locations of the element gates, fp32, shape of `base`.
+        log_alpha: locations of the element gates, fp32 or fp16, shape of `base`.
         group_log_alpha: location of the group gate, fp32, shape (1,); None without structure.
         sample: how the gates are sampled.
 

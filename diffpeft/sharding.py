@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import Tensor
@@ -29,14 +30,31 @@ def check_whole(tensors: Iterable[Tensor], action: str) -> None:
         raise ValueError(f"{action} needs whole parameters, but FSDP has sharded these over processes; {REMEDY}")
 
 
-def check_launch(args: TrainingArguments, gating: bool, warmup: float) -> None:
+def check_low_memory() -> None:
+    """Raise ValueError where gradients that are used up within the backward pass would not be the update's."""
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if processes > 1:
+        raise ValueError(
+            f"low_memory=True uses gradients up before {processes} processes could average them; launch one process, or use "
+            "low_memory=False"
+        )
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision == "fp16":
+        raise ValueError(
+            "low_memory=True uses gradients up before fp16's scaler could unscale them; use bf16, or low_memory=False"
+        )
+
+
+def check_launch(args: TrainingArguments, gating: bool, warmup: float, low_memory: bool = False) -> None:
     """Raise ValueError for ways to launch the Trainer in which the gates or the kept values would train wrongly.
 
     Args:
         args: the Trainer's.
         gating: whether there are gates to learn.
         warmup: fixmask's own warm-up, in steps or as a share.
+        low_memory: whether gates are learned in the low-memory mode.
     """
+    if low_memory:
+        check_low_memory()
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process run nn.DataParallel, whose replicas have no ParameterDict; launch with "

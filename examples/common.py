@@ -39,6 +39,7 @@ class DiffPruningArguments:
     concrete_lower: float = field(default=-1.5, metadata={"help": "l of the stretch."})
     concrete_upper: float = field(default=1.5, metadata={"help": "r of the stretch."})
     init_log_alpha: float = field(default=5.0, metadata={"help": "Where the gates start."})
+    low_memory: bool = field(default=False, metadata={"help": "Gate in the memory of full fine-tuning."})
     target_modules: list[str] | None = field(default=None, metadata={"help": "Default: everything but the head."})
     exclude_modules: list[str] | None = field(default=None, metadata={"help": "Modules to leave as pretrained."})
     gating_ratio: float = field(default=0.5, metadata={"help": "Gating's share of the steps."})
@@ -94,6 +95,7 @@ def diff_config(args: DiffPruningArguments, task_type: str, gated: bool) -> Diff
         gate_learning_rate=args.gate_learning_rate,
         stretch=(args.concrete_lower, args.concrete_upper),
         init_log_alpha=args.init_log_alpha,
+        low_memory=args.low_memory,
     )
 
 

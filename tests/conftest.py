@@ -12,6 +12,8 @@ from hypothesis import settings
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
+from diffpeft import factored
+
 settings.register_profile("diffpeft", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("diffpeft")
 
@@ -41,6 +43,13 @@ def tiny_bert() -> Callable[..., BertForSequenceClassification]:
         return BertForSequenceClassification(BertConfig(**{**sizes, **others, **config}))
 
     return make
+
+
+@pytest.fixture
+def lean_tiny_bert(tiny_bert, monkeypatch: pytest.MonkeyPatch) -> Callable[..., BertForSequenceClassification]:
+    """`tiny_bert`, whose matrices are large enough for the low-memory mode."""
+    monkeypatch.setattr(factored, "LARGE", 1000)
+    return tiny_bert
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from trainers import Rows, arguments, make_trainer, peft_model
 from transformers import Trainer, TrainerCallback
 
 from diffpeft import DiffPruningCallback
-from diffpeft.sharding import check_launch
+from diffpeft.in_backward import DiffMoments
+from diffpeft.sharding import check_launch, check_low_memory
 
 
 def test_all_three_phases_in_one_train(tiny_bert, tmp_path, caplog):
@@ -328,3 +330,88 @@ def test_a_run_that_is_stopped_in_gating_ends_within_the_budget(tiny_bert, tmp_p
     tuner = trainer.model.base_model
     assert tuner.phase() == "fixmask"
     assert tuner.num_nonzeros() == round(0.02 * tuner.num_base_parameters())
+
+
+# Low memory
+
+
+def test_the_low_memory_mode_reaches_the_density_and_makes_no_state_for_large_diffs(lean_tiny_bert, tmp_path):
+    seen, states = [], []
+
+    class BeforePruning(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+            seen.append(model.base_model.expected_density())
+            gating = {
+                id(p): name for name, p in model.named_parameters() if "diffpruning_w." in name or "alpha" in name
+            }
+            states.append({gating[id(p)] for p in optimizer.state if id(p) in gating})
+
+    for steps in (10, 24):
+        seen.clear()
+        callback = DiffPruningCallback(gating_steps=steps)
+        settings = {"max_steps": steps + 4, "config": {"low_memory": True}}
+        trainer = make_trainer(lean_tiny_bert, tmp_path, callback, [BeforePruning()], **settings)
+        trainer.train()
+        assert seen[steps - 1] == pytest.approx(0.02, rel=0.1)
+        assert trainer.model.base_model.phase() == "fixmask"
+        assert trainer.model.base_model.num_nonzeros() == round(0.02 * trainer.model.base_model.num_base_parameters())
+    assert states[0]
+    assert not any("alpha" in name or "query.diffpruning_w.default.weight" in name for name in states[0])
+
+
+def test_the_low_memory_mode_updates_at_the_rate_of_the_optimizer_as_the_step_begins(
+    lean_tiny_bert, tmp_path, monkeypatch
+):
+    used, wanted = [], []
+    step = DiffMoments.step
+
+    def note(self, w, grad, rate, decay):
+        used.append((rate, decay))
+        return step(self, w, grad, rate, decay)
+
+    class Note(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+            progress = model.base_model.sparsification()
+            wanted.append(optimizer.param_groups[0]["lr"] * 20**progress)
+
+    monkeypatch.setattr(DiffMoments, "step", note)
+    callback = DiffPruningCallback(gating_steps=12, fixmask_learning_rate=0.02)
+    settings = {"max_steps": 13, "weight_decay": 0.01, "gradient_accumulation_steps": 2, "config": {"low_memory": True}}
+    trainer = make_trainer(lean_tiny_bert, tmp_path, callback, [Note()], **settings)
+    trainer.train()
+    each = len(used) // 12
+    assert each == 15
+    for index in range(12):
+        rates = [rate for rate, _ in used[index * each : (index + 1) * each]]
+        assert rates == pytest.approx([wanted[index]] * each)
+    assert {decay for _, decay in used} == {0.01}
+    assert wanted[11] > 3 * wanted[0] / 12
+
+
+def test_the_low_memory_mode_says_what_a_gradient_that_is_not_finite_has_left(lean_tiny_bert, tmp_path):
+    trainer = make_trainer(lean_tiny_bert, tmp_path, config={"low_memory": True})
+    w = next(p for name, p in trainer.model.named_parameters() if "query.diffpruning_w.default.weight" in name)
+    w.register_hook(lambda grad: grad * math.nan)
+    with pytest.raises(FloatingPointError, match="step 1 are NaN or infinite; but for diffs that low_memory=True had"):
+        trainer.train()
+    assert not w.any()
+
+
+def test_a_run_of_the_low_memory_mode_that_is_stopped_is_pruned(lean_tiny_bert, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    trainer = make_trainer(lean_tiny_bert, tmp_path, extra=[Stop()], config={"low_memory": True})
+    with pytest.warns(UserWarning, match="stopped at step 1, in gating"):
+        trainer.train()
+    assert trainer.model.base_model.phase() == "fixmask"
+
+
+def test_what_the_low_memory_mode_cannot_train_with_is_refused(lean_tiny_bert, tmp_path, monkeypatch):
+    config = {"low_memory": True}
+    with pytest.raises(ValueError, match=r"not Adam's in SGD; use an optimizer with betas, e.g. optim='adamw_torch'"):
+        make_trainer(lean_tiny_bert, tmp_path, config=config, optim="sgd").train()
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {"_mixed_precision": "fp16"})
+    with pytest.raises(ValueError, match=r"before fp16's scaler could unscale them; use bf16, or low_memory=False"):
+        check_low_memory()

@@ -45,13 +45,23 @@ NAN, INF = float("nan"), float("inf")
         ("gate_learning_rate", -0.1, r"gate_learning_rate=-0.1", r"use a positive number or None"),
         ("gate_learning_rate", INF, r"gate_learning_rate=inf", r"use a positive number or None"),
         ("gate_learning_rate", NAN, r"gate_learning_rate=nan", r"use a positive number or None"),
+        ("init_log_alpha", 2e3, r"init_log_alpha=2000.0 is farther", r"use at most 1000"),
         ("value_dtype", "int4", r"value_dtype='int4' is not known", r"use one of .*'int8'"),
         ("layers_pattern", "layer", r"layers_pattern='layer' does nothing without", r"set both or neither"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_value_and_a_remedy(field, value, shown, remedy):
     with pytest.raises(ValueError, match=f"{shown}.*{remedy}"):
-        DiffPruningConfig(**{field: value})
+        DiffPruningConfig(**{field: value}, low_memory=value == 2e3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "shown"),
+    [({"gated": False}, "gated=False and l0_lambda='auto'"), ({"l0_lambda": 1e-7}, "gated=True and l0_lambda=1e-07")],
+)
+def test_the_low_memory_mode_is_for_gates_under_the_automatic_penalty(fields, shown):
+    with pytest.raises(ValueError, match=f"not for {shown}; use gated=True and l0_lambda='auto', or low_memory=False"):
+        DiffPruningConfig(low_memory=True, **fields)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ SETTINGS = {
     "epochs": {"max_steps": -1, "num_train_epochs": 2},
     "plateau": {"lr_scheduler_type": "reduce_lr_on_plateau", **evaluated("loss")},
     "another optimizer": {"optim": "sgd", "learning_rate": 0.1},
+    "low memory": {"config": {"low_memory": True}, "weight_decay": 0.1},
+    "low memory, accumulated": {"config": {"low_memory": True}, "gradient_accumulation_steps": 2, "bf16": True},
 }
 
 
@@ -59,8 +61,8 @@ def same(whole, resumed):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_resume_ends_bit_for_bit_where_the_unbroken_run_does(tiny_bert, tmp_path, setting):
-    options = SETTINGS[setting]
+def test_resume_ends_bit_for_bit_where_the_unbroken_run_does(lean_tiny_bert, tmp_path, setting):
+    options, tiny_bert = SETTINGS[setting], lean_tiny_bert
 
     def callback():
         return DiffPruningCallback(fixmask_warmup_steps=3)
@@ -126,6 +128,7 @@ def killed(tiny_bert, tmp_path):
         ({"callback": DiffPruningCallback(fixmask_warmup_steps=2)}, "made with fixmask_warmup_steps=0, this run has 2"),
         ({"config": {"target_density": 0.03}}, r"made with target_density=0\.02, this run has 0\.03"),
         ({"config": {"l0_lambda": 1e-6}}, r"made with l0_lambda='auto', this run has 1e-06"),
+        ({"config": {"low_memory": True}}, "made with low_memory=False, this run has True|does not fit the adapter"),
         ({"config": {"stretch": (-0.1, 1.1)}}, r"made with stretch=\[-1\.5, 1\.5\], this run has \[-0\.1, 1\.1\]"),
         ({"seed": 5}, r"made on another base model: \d+ parameters differ, \["),
     ],

@@ -49,10 +49,10 @@ class Curve(TrainerCallback):
         self.densities.append(model.base_model.expected_density())
 
 
-def tokenized(task: str, data_dir: str, model: str, rows: int) -> tuple[Any, Any]:
-    """Rows to train on, and what pads them."""
+def tokenized(task: str, data_dir: str, model: str, rows: int, split: str = "train") -> tuple[Any, Any]:
+    """Rows of a split, and what pads them."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    data = load_data(DataArguments(task, data_dir=data_dir))["train"].shuffle(seed=0)
+    data = load_data(DataArguments(task, data_dir=data_dir))[split].shuffle(seed=0)
     columns = [column for column in SENTENCES[task] if column]
     data = data.select(range(min(rows, len(data)))).map(
         lambda row: tokenizer(*(row[column] for column in columns), truncation=True, max_length=48)

@@ -69,7 +69,7 @@ def nearest_rank(shapes: Sequence[torch.Size], parameters: float) -> tuple[int, 
 
 # Fine-tuning
 
-GATING: dict[str, dict[str, Any]] = {"gating": {}}
+GATING: dict[str, dict[str, Any]] = {"gating": {}, "gating-low-memory": {"low_memory": True}}
 """The variants of gating that are compared with full fine-tuning, with what their config has beside the defaults."""
 METHODS = ("full", *GATING, "fixmask", "lora", "shira", "supertuning", "fixmask-linear")
 RATE = 1e-4
@@ -104,10 +104,19 @@ def make_config(method: str, base: nn.Module, density: float) -> peft.PeftConfig
 def set_gates(model: nn.Module, fill: Callable[[Tensor], Any]) -> None:
     """Have `fill` write the locations of the gates, and make up a dense diff and what the gates remember of gradients."""
     scales = {"diffpruning_w": 1e-3, "diffpruning_exp_avg": 2e-7, "diffpruning_exp_avg_sq": 1e-6}
+    fills = {
+        "diffpruning_exp_avg_scale": 5e-9,
+        "diffpruning_exp_avg_sq_rows": 1e-12,
+        "diffpruning_exp_avg_sq_columns": 1e-12,
+    }
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         kind = name.split(".")[-3:][0]
         if kind == "diffpruning_log_alpha":
             fill(tensor)
+        elif tensor.dtype == torch.int8:
+            tensor.copy_(torch.randn_like(tensor, dtype=torch.float32).mul_(40).clamp_(-127, 127))
+        elif kind in fills:
+            tensor.fill_(fills[kind])
         elif kind in scales:
             tensor.normal_(std=scales[kind])
         if kind == "diffpruning_exp_avg_sq":
@@ -158,7 +167,7 @@ class Training:
             arguments = TrainingArguments("unused", learning_rate=RATE, report_to="none", use_cpu=device.type == "cpu")
             self.state = TrainerState(max_steps=gating_steps + 100)
             self.event = arguments, self.state, TrainerControl()
-            self.callback.on_train_begin(*self.event, model=self.model)
+            self.callback.on_train_begin(*self.event, model=self.model, optimizer=self.optimizer)
             self.state.global_step = 6 * gating_steps // 10
             set_gates(self.model, lambda log_alpha: log_alpha.normal_(-6.6, 4))
 
@@ -171,6 +180,8 @@ class Training:
 
     def step(self) -> None:
         """One update."""
+        if self.callback is not None:
+            self.callback.on_step_begin(*self.event, optimizer=self.optimizer)
         self.forward().backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if self.callback is None:

@@ -3,6 +3,7 @@
     python examples/by_feature/accelerate_loop.py                                       # four minutes, one core
     torchrun --nproc_per_node 2 examples/by_feature/accelerate_loop.py                  # DistributedDataParallel
     python examples/by_feature/accelerate_loop.py --accumulation 4 --mixed_precision bf16
+    python examples/by_feature/accelerate_loop.py --low_memory                          # in one process
 
 Task, encoder and numbers are those of examples/quickstart.py; a batch is as large on any number of processes. What Diff
 Pruning adds to a loop: `gate_step` once an update, `magnitude_prune` where gating ends, and a learning rate that follows the
@@ -58,10 +59,13 @@ def train(options: argparse.Namespace) -> DiffPruningModel:
     batches = DataLoader(rows, size, shuffle=True, drop_last=True, collate_fn=collator)
     tests = DataLoader(held_out, 120, collate_fn=collator)
 
-    model = get_peft_model(make_model(), DiffPruningConfig(task_type="SEQ_CLS", target_density=options.density))
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    config = DiffPruningConfig(task_type="SEQ_CLS", target_density=options.density, low_memory=options.low_memory)
+    model = get_peft_model(make_model(), config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     model, optimizer, batches, tests = accelerator.prepare(model, optimizer, batches, tests)
     tuner = accelerator.unwrap_model(model).base_model
+    if options.low_memory:
+        tuner.update_in_backward(optimizer)  # until pruning, at the learning rates that the loop has set by then
     set_seed(SEED, device_specific=True)  # each process samples gates of its own
     step, start = 0, time.perf_counter()
     model.train()
@@ -110,6 +114,7 @@ def parse_options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1, help="in how many parts a process takes its rows")
     parser.add_argument("--density", type=float, default=0.005, help="nonzeros as a share of the base parameters")
     parser.add_argument("--mixed_precision", choices=("no", "bf16", "fp16"), default="no")
+    parser.add_argument("--low_memory", action="store_true", help="gating in the memory of full fine-tuning")
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/accelerate_loop"), help="where the adapter goes")
     return parser.parse_args(words)
