@@ -14,6 +14,8 @@ from diffpeft import factored
 from diffpeft.in_backward import DiffMoments, Pending, Watched
 from diffpeft.lean import LeanGates, fold_plain
 
+LOCATIONS = ("diffpruning_log_alpha", "diffpruning_group_log_alpha")
+"""Of the gates of parameters and of groups."""
 MOMENTS = ("diffpruning_exp_avg", "diffpruning_exp_avg_sq")
 """Of the gates of a parameter, as [`GateTensors`] has them."""
 GROUP_MOMENTS = ("diffpruning_group_exp_avg", "diffpruning_group_exp_avg_sq")
@@ -81,7 +83,22 @@ class Gating:
         """Element gates and group gate of each parameter."""
         if adapter_name not in self.diffpruning_log_alpha:
             return {}
-        return {name: self.gates_of(adapter_name, name) for name in self.diffpruning_log_alpha[adapter_name]}
+        if adapter_name in self.diffpruning_exp_avg_scale:
+            return {name: self.gates_of(adapter_name, name) for name in self.diffpruning_log_alpha[adapter_name]}
+        # As dicts: this is asked for several times an update, and the containers' own ways would take most of the time.
+        parameters = [getattr(self, attribute)[adapter_name]._parameters for attribute in LOCATIONS]
+        averages, squares, *of_groups = (
+            getattr(self, attribute)[adapter_name]._buffers for attribute in (*MOMENTS, *GROUP_MOMENTS)
+        )
+        return {
+            name: (
+                GateTensors(log_alpha, averages[name], squares[name]),
+                GateTensors(whole, *(moment[name] for moment in of_groups))
+                if (whole := parameters[1].get(name)) is not None
+                else None,
+            )
+            for name, log_alpha in parameters[0].items()
+        }
 
     def gates_of(self, adapter_name: str, name: str) -> tuple[GateTensors | LeanGates, GateTensors | None]:
         """Element gates and group gate of one parameter."""

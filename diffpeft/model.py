@@ -265,7 +265,7 @@ class DiffPruningModel(Serving):
         if not config.gated:
             return 0.0
         layers = self._layers(name)
-        check_whole((gate.log_alpha for layer in layers for gate, _ in layer.gates(name).values()), "gate_step")
+        check_whole((location for layer in layers for location in layer.gate_locations(name)), "gate_step")
         finished = [layer.finish_update(name) for layer in layers] if config.low_memory else []
         groups = self._groups(name)
         sums = [group.elements.grad.sum() for group in groups if isinstance(group.elements, gate_update.Gates)]

@@ -160,6 +160,7 @@ class Training:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
         self.trainable = sum(parameter.numel() for parameter in trained)
+        self.parts: dict[str, list[float]] = {}
         self.callback = None
         if method in GATING or method.startswith("fixmask"):
             gating_steps = max(100, 4 * steps) if method in GATING else 0
@@ -179,19 +180,32 @@ class Training:
         return loss
 
     def step(self) -> None:
-        """One update."""
+        """One update; how long each part of it took is added to `parts`, which counts where the device is a CPU."""
+        start = time.perf_counter()
+
+        def passed(part: str) -> None:
+            nonlocal start
+            before, start = start, time.perf_counter()
+            self.parts.setdefault(part, []).append(start - before)
+
         if self.callback is not None:
             self.callback.on_step_begin(*self.event, optimizer=self.optimizer)
-        self.forward().backward()
+        loss = self.forward()
+        passed("forward")
+        loss.backward()
+        passed("backward")
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if self.callback is None:
-            self.optimizer.step()
-        else:
+        passed("clipping")
+        if self.callback is not None:
             self.callback.on_pre_optimizer_step(*self.event, optimizer=self.optimizer)
-            self.optimizer.step()
+            passed("callback")
+        self.optimizer.step()
+        passed("optimizer")
+        if self.callback is not None:
             self.callback.on_optimizer_step(*self.event, optimizer=self.optimizer)
             self.state.global_step += 1
         self.model.zero_grad()
+        passed("the rest")
 
 
 def make_batches(batch_size: int, length: int, device: torch.device, count: int = 8) -> list[dict[str, Tensor]]:

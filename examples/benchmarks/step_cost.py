@@ -8,7 +8,7 @@
 
 A step is forward, backward, clipping, what DiffPruningCallback does, fused AdamW and zero_grad, with dropout. Gating is measured
 from 60% of the phase on, where the gates move. The methods of a group are timed in turn, in one process; the median counts.
-Full fine-tuning and gating are one group. LoRA, SHiRA, Super-Tuning and `fixmask-linear` are the other: the encoder's linear
+Full fine-tuning and each variant of gating are a group. LoRA, SHiRA, Super-Tuning and `fixmask-linear` are the other: the encoder's linear
 layers, as many trainable parameters as LoRA has at the rank that comes nearest to the density; and `fixmask`, with this
 density of all parameters. With `--dtype bfloat16` full fine-tuning trains bfloat16 weights.
 """
@@ -32,7 +32,7 @@ from measuring import (
     table,
 )
 
-ALONE, BESIDE_LORA = ("full", *GATING), ("lora", "shira", "supertuning", "fixmask-linear", "fixmask")
+BESIDE_LORA = ("lora", "shira", "supertuning", "fixmask-linear", "fixmask")
 COLUMNS = {
     "model": ("model", "{}"),
     "parameters": ("parameters", "{:,}"),
@@ -43,6 +43,11 @@ COLUMNS = {
     "ratio": ("ratio", "{:.2f}x"),
     "beside": ("to", "{}"),
 }
+
+PARTS = {key: COLUMNS[key] for key in ("model", "density", "method")} | {
+    part: (f"{part}, ms", "{:.1f}") for part in ("forward", "backward", "clipping", "callback", "optimizer", "the rest")
+}
+"""Of a step: medians of each."""
 
 
 def measure(size: str, methods: list[str], density: float | None, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -63,6 +68,10 @@ def measure(size: str, methods: list[str], density: float | None, options: argpa
             "ratio": medians[method] / medians[methods[0]],
             "beside": methods[0],
             "seconds": seconds[method],
+            "parts_ms": {
+                part: 1e3 * statistics.median(found[options.warmup :])
+                for part, found in trainings[method].parts.items()
+            },
         }
         for method in methods
     ]
@@ -78,13 +87,17 @@ def main(words: list[str] | None = None) -> None:
     begin(options)
     rows = []
     for size in options.model:
-        groups = [(ALONE, None), *((BESIDE_LORA, density) for density in options.densities)]
+        beside_full = [(("full", variant), None) for variant in GATING if variant in options.methods]
+        groups = [*beside_full, *((BESIDE_LORA, density) for density in options.densities)]
         for group, density in groups:
             methods = [method for method in group if method in options.methods]
             if methods:
                 rows += measure(size, methods, density, options)
                 gc.collect()
-    show(options, rows, table(rows, COLUMNS))
+    tables = [table(rows, COLUMNS)]
+    if options.device == "cpu":  # a GPU works on while Python goes ahead
+        tables.append(table([{**row, **row["parts_ms"]} for row in rows], PARTS))
+    show(options, rows, *tables)
 
 
 if __name__ == "__main__":

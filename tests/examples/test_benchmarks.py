@@ -44,7 +44,13 @@ def options(script, monkeypatch, *words):
 def test_step_cost_and_its_picture(tmp_path):
     step_cost.main([*SHORT, *TIMES, "--densities", "0.01", "0.1", "--json", str(tmp_path / "step.json")])
     rows = json.loads((tmp_path / "step.json").read_text())["rows"]
-    assert [row["method"] for row in rows] == [*step_cost.ALONE, *2 * list(step_cost.BESIDE_LORA)]
+    assert [row["method"] for row in rows] == [
+        "full",
+        "gating",
+        "full",
+        "gating-low-memory",
+        *2 * list(step_cost.BESIDE_LORA),
+    ]
     trainable = {(row["density"], row["method"]): row["trainable"] for row in rows}
     for density in (0.01, 0.1):  # as many parameters, but for what each layer rounds
         assert trainable[density, "shira"] == trainable[density, "lora"]
