@@ -25,6 +25,7 @@ from diffpeft import kernels
 from diffpeft.gates import Stretch, open_logit, open_probability, open_shift
 from diffpeft.kernels import BETAS, direction
 from diffpeft.lean import LeanGates
+from diffpeft.together import SMALL
 
 PAPER_PACE = 0.1
 TRAVEL = 40.0
@@ -35,8 +36,6 @@ SETTLED = 0.9
 """Share of gating after which the schedule stays at its target."""
 SAMPLE = 1 << 17
 """Gates on which lambda is solved for; the full count corrects what the sample gets wrong in the next step."""
-SMALL = 1 << 14
-"""Elements of a parameter up to which its gates move together with those of other small ones."""
 LINE = 16
 """Of these, so many are neighbours: as many as memory gives at a time."""
 COARSE = 16

@@ -23,7 +23,7 @@ def test_all_three_phases_in_one_train(tiny_bert, tmp_path, caplog):
     entries = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["diffpruning/phase"] for entry in entries] == ["gating"] * 7 + ["fixmask"] * 9
     densities = [entry["diffpruning/expected_density"] for entry in entries]
-    assert densities[0] == densities[1] > 0.9 > densities[3] > densities[6] > 0.005
+    assert densities[0] == densities[1] > 0.9 > densities[3] > densities[6] > 0.015
     assert entries[-1]["diffpruning/nnz"] == expected == int(tuner.l0_penalty())
     assert entries[0]["diffpruning/l0_penalty"] > expected
     lines = [record.getMessage() for record in caplog.records if "magnitude pruning kept" in record.getMessage()]

@@ -54,13 +54,17 @@ def test_two_processes_train_shards_as_they_train_replicas_and_resume_exactly(tm
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     found, values = [], []
-    for kind, runs in (("ddp", ["."]), ("fsdp2", [".", "resumed"])):
-        words = ["--train", kind, "--folder", str(tmp_path / kind)]
+    for kind, more in (
+        ("ddp", []),
+        ("fsdp2", []),
+        ("fsdp2", ["--checkpoint", str(tmp_path / "1" / "checkpoint-4")]),
+    ):
+        folder = tmp_path / str(len(found))
+        words = ["--train", kind, "--folder", str(folder), *more]
         done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr[:3000]  # the processes' own words; the launcher's come last
-        for run in runs:
-            found.append(json.loads((tmp_path / kind / run / "found.json").read_text()))
-            values.append(load_file(tmp_path / kind / run / "adapter" / "adapter_model.safetensors"))
+        found.append(json.loads((folder / "found.json").read_text()))
+        values.append(load_file(folder / "adapter" / "adapter_model.safetensors"))
     assert [run["type"] for run in found] == ["MULTI_CPU", "FSDP", "FSDP"]
     assert found[1]["losses"] == pytest.approx(found[0]["losses"], rel=1e-5)
     assert found[2]["losses"] == found[1]["losses"]

@@ -33,8 +33,6 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from diffpeft import DiffPruningCallback, DiffPruningConfig
 
 STEPS, HALF = 8, 4
-RESUMED = "resumed"
-"""Folder of what is resumed from half, in that of the whole run."""
 KINDS = ("ddp", "fsdp2", "zero1", "zero2")
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
@@ -66,8 +64,9 @@ def shard_on_cpus(kind: str) -> dict[str, Any]:
     return {"deepspeed": {**settings, **automatic}}
 
 
-def train(launch: dict[str, Any], folder: Path, checkpoint: Path | None = None) -> None:
+def train(kind: str, folder: Path, checkpoint: str | None) -> None:
     """Fixmask, in one of the processes."""
+    launch = shard_on_cpus(kind)
     torch.manual_seed(0)
     base = BertForSequenceClassification(BertConfig(**SIZES, max_position_embeddings=16))
     config = DiffPruningConfig(task_type="SEQ_CLS", target_density=0.05, gated=False, init_weights=False)
@@ -87,27 +86,25 @@ def train(launch: dict[str, Any], folder: Path, checkpoint: Path | None = None) 
         **launch,
     )
     trainer = Trainer(model, args, train_dataset=rows, callbacks=[DiffPruningCallback(gating_steps=0)])
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder / "adapter"))
     if trainer.is_world_process_zero():
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         kinds = trainer.accelerator.distributed_type, trainer.accelerator.num_processes
         (folder / "found.json").write_text(json.dumps({"losses": losses, "type": kinds[0], "processes": kinds[1]}))
-    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # or the process that ends last may find the others gone, and abort
 
 
-def launch(kind: str, folder: Path) -> list[dict[str, Any]]:
-    """What two processes found, and the tensors that they saved: of the whole run, and of what is resumed from half of it."""
+def launch(kind: str, folder: Path, checkpoint: Path | None = None) -> dict[str, Any]:
+    """What two processes found, and the tensors that they saved."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = [__file__, "--train", kind, "--folder", str(folder)]
+    words += [] if checkpoint is None else ["--checkpoint", str(checkpoint)]
     subprocess.run([sys.executable, *launcher, *words], check=True, stdout=subprocess.DEVNULL, timeout=300)
-    return [
-        {
-            **json.loads((run / "found.json").read_text()),
-            "tensors": load_file(run / "adapter" / "adapter_model.safetensors"),
-        }
-        for run in (folder, folder / RESUMED)
-    ]
+    return {
+        **json.loads((folder / "found.json").read_text()),
+        "tensors": load_file(folder / "adapter" / "adapter_model.safetensors"),
+    }
 
 
 def main() -> None:
@@ -116,12 +113,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where sharding.md goes")
     parser.add_argument("--train", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--checkpoint", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:
-        settings = shard_on_cpus(options.train)
-        train(settings, options.folder)
-        train(settings, options.folder / RESUMED, options.folder / f"checkpoint-{HALF}")
-        PartialState().destroy_process_group()  # or the process that ends last may find the others gone, and abort
+        train(options.train, options.folder, options.checkpoint)
         return
     deepspeed = importlib.util.find_spec("deepspeed") is not None
     lines = [
@@ -139,7 +134,9 @@ def main() -> None:
             if kind.startswith("zero") and not deepspeed:
                 lines.append(f"| {kind} | deepspeed is not installed | | |")
                 continue
-            whole, again = launch(kind, Path(scratch) / kind)
+            first = Path(scratch) / kind
+            whole = launch(kind, first)
+            again = launch(kind, Path(scratch) / f"{kind}-again", first / f"checkpoint-{HALF}")
             plain = plain or whole["tensors"]
             far = max(
                 float((tensor - plain[key]).abs().max())

@@ -40,9 +40,10 @@ with open(f"{sys.argv[1]}/rank{os.environ.get('RANK', 0)}.json", "w") as file:
     [
         ([], ["--accumulation", "2", "--mixed_precision", "bf16"]),
         ([], ["--accumulation", "2", "--low_memory"]),
+        (TWO, []),
         (TWO, ["--accumulation", "2", "--mixed_precision", "bf16"]),
     ],
-    ids=["one process", "one process, low memory", "two processes, bf16"],
+    ids=["one process", "one process, low memory", "two processes", "two processes, bf16"],
 )
 def test_every_process_ends_with_the_saved_diff(tmp_path, launcher, options):
     script = tmp_path / "small.py"
