@@ -92,6 +92,7 @@ def train(kind: str, folder: Path, checkpoint: str | None) -> None:
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         kinds = trainer.accelerator.distributed_type, trainer.accelerator.num_processes
         (folder / "found.json").write_text(json.dumps({"losses": losses, "type": kinds[0], "processes": kinds[1]}))
+    trainer.accelerator.wait_for_everyone()  # nobody leaves while a gather is still being cleaned up
     trainer.accelerator.end_training()  # or the process that ends last may find the others gone, and abort
 
 
