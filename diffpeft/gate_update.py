@@ -14,6 +14,7 @@ Two rules, both Adam (Kingma & Ba 2015) with moments m, v of the gradient g and 
   without an eps there is no scale of the loss or of lambda at which the method changes.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from diffpeft import kernels
+from diffpeft.deferred import DeferredGates
 from diffpeft.gates import Stretch, open_logit, open_probability, open_shift
 from diffpeft.kernels import BETAS, direction
 from diffpeft.lean import LeanGates
@@ -54,7 +56,7 @@ class Gates(NamedTuple):
 class Group(NamedTuple):
     """The gates of one parameter tensor: of its elements, and of the whole or None."""
 
-    elements: Gates | LeanGates
+    elements: Gates | LeanGates | DeferredGates
     whole: Gates | None
 
 
@@ -78,16 +80,25 @@ def density_schedule(step: int, gating_steps: int, start: float, target: float) 
 @torch.no_grad()
 def open_elements(groups: Sequence[Group], stretch: Stretch, fused: bool = False) -> Tensor:
     """Sum over the elements of P(element open) of each group, float64, shape (groups,), group gates left out."""
+    large = {
+        index: kernels.open_elements(group.elements.log_alpha, stretch, fused)
+        for index, group in enumerate(groups)
+        if not _is_small(group)
+    }
+    small = [groups[index].elements.log_alpha.reshape(-1) for index in _small(groups)]
+    return _added_up(groups, large, torch.cat(small) if small else None, stretch)
+
+
+def _added_up(groups: Sequence[Group], large: dict[int, Tensor], small: Tensor | None, stretch: Stretch) -> Tensor:
+    """What [`open_elements`] returns, from the sums of large groups and the joined locations of small ones."""
     sums = torch.zeros(len(groups), dtype=torch.int64, device=groups[0].elements.log_alpha.device if groups else None)
-    for index, group in enumerate(groups):
-        if not _is_small(group):
-            sums[index] = kernels.open_elements(group.elements.log_alpha, stretch, fused)
-    small = _small(groups)
-    if small:
-        joined = torch.cat([groups[index].elements.log_alpha.reshape(-1) for index in small])
-        lengths = torch.tensor([groups[index].elements.log_alpha.numel() for index in small], device=sums.device)
-        owner = torch.tensor(small, device=sums.device).repeat_interleave(lengths)
-        sums.index_add_(0, owner, kernels.open_units(joined, open_shift(stretch)).to(torch.int64))
+    if large:
+        sums[list(large)] = torch.stack(list(large.values()))
+    if small is not None:
+        which = _small(groups)
+        lengths = torch.tensor([groups[index].elements.log_alpha.numel() for index in which], device=sums.device)
+        owner = torch.tensor(which, device=sums.device).repeat_interleave(lengths)
+        sums.index_add_(0, owner, kernels.open_units(small, open_shift(stretch)).to(torch.int64))
     return sums.double() / kernels.UNIT
 
 
@@ -100,15 +111,16 @@ def _is_small(group: Group) -> bool:
     return isinstance(group.elements, Gates) and group.elements.log_alpha.numel() <= SMALL
 
 
-def _move_together(gates: Sequence[Gates], rule: Tensor) -> None:
-    """Move gates of small tensors, all at once."""
+def _move_together(gates: Sequence[Gates], stretch: Stretch, rule: Tensor) -> Tensor:
+    """Move gates of small tensors, all at once. Returns their locations, joined."""
     columns = [list(column) for column in zip(*gates, strict=True)]
     joined = [torch.cat([tensor.reshape(-1) for tensor in column]) for column in columns]
-    kernels.automatic_(joined[0], joined[1], joined[2], joined[3], rule)
+    kernels.automatic_(joined[0], joined[1], joined[2], joined[3], stretch, rule)
     for column, moved in zip(columns, joined, strict=True):
         if column is not columns[1]:  # the gradients
             parts = torch.split(moved, [tensor.numel() for tensor in column])
             torch._foreach_copy_(column, [part.view(tensor.shape) for part, tensor in zip(parts, column, strict=True)])
+    return joined[0]
 
 
 @torch.no_grad()
@@ -202,7 +214,7 @@ def automatic_step(
     elements: Tensor | None = None,
     fused: bool = False,
     folded: bool = False,
-) -> float:
+) -> tuple[float, Tensor]:
     """One update that brings the expected number of nonzeros from `expected` to `wanted`, as far as `pace` allows.
 
     Args:
@@ -217,29 +229,32 @@ def automatic_step(
         folded: whether the gradients are in the moments already (`diffpeft/lean.py`), and `grad` is what is not.
 
     Returns:
-        The pull lambda, in units of the loss.
+        The pull lambda, in units of the loss, and what [`open_elements`] gives after the step.
     """
     elements = open_elements(groups, stretch, fused) if elements is None else elements
     correction = 1 - BETAS[0] ** (step + 1), 1 - BETAS[1] ** (step + 1)
     if folded:  # what follows lets moments decay, after which they are beta times what they should be
         correction = correction[0] * BETAS[0], correction[1] * BETAS[1]
-    pull, brake = _Sample(groups, correction, pace, stretch, wanted / expected).solve()
+    pull, brake = _Sample(groups, correction, pace, stretch, wanted / expected, fused).solve()
     rule = torch.tensor(
         [pull, pace, pace * brake, 1 / correction[0], 1 / correction[1]], device=elements.device, dtype=torch.float32
     )
-    _move_wholes(groups, rule, elements)
-    small = _small(groups)
-    if small:
-        _move_together([gates for index in small if isinstance(gates := groups[index].elements, Gates)], rule)
-    for group in groups:
+    _move_wholes(groups, stretch, rule, elements)
+    small = [gates for group in groups if _is_small(group) and isinstance(gates := group.elements, Gates)]
+    joined = _move_together(small, stretch, rule) if small else None
+    large = {}
+    for index, group in enumerate(groups):
         if isinstance(group.elements, LeanGates):
             group.elements.move(rule, fused)
+            large[index] = kernels.open_elements(group.elements.log_alpha, stretch, fused)
+        elif isinstance(group.elements, DeferredGates):
+            large[index] = group.elements.move(rule, fused)
         elif not _is_small(group):
-            kernels.automatic_(*group.elements, rule, fused)
-    return pull
+            large[index] = kernels.automatic_(*group.elements, stretch, rule, fused)
+    return pull, _added_up(groups, large, joined, stretch)
 
 
-def _move_wholes(groups: Sequence[Group], rule: Tensor, elements: Tensor) -> None:
+def _move_wholes(groups: Sequence[Group], stretch: Stretch, rule: Tensor, elements: Tensor) -> None:
     """Move the group gates.
 
     The paper's product would pull on a group with the sum over its elements and shut whole tensors first. Its mean over the
@@ -251,6 +266,7 @@ def _move_wholes(groups: Sequence[Group], rule: Tensor, elements: Tensor) -> Non
         pulls = (rule[0] * elements[some] / sizes).float().unsqueeze(0)
         _move_together(
             [whole for index in some if (whole := groups[index].whole)],
+            stretch,
             torch.cat([pulls, rule[1:].unsqueeze(1).expand(-1, len(some))]),
         )
 
@@ -262,14 +278,57 @@ def _some(tensor: Tensor, stride: int) -> Tensor:
     return flat[: lines * LINE * stride].view(lines, -1)[:, :LINE].reshape(-1) if lines else flat[::stride]
 
 
-def _sampled(gates: Gates | LeanGates, stride: int) -> tuple[Tensor, ...]:
-    """One in `stride` of the gates: locations, gradients and moments."""
+def _sampled(gates: Gates | LeanGates | DeferredGates, stride: int) -> tuple[Tensor, ...]:
+    """One in `stride` of the gates: locations, gradients and moments. Deferred gradients are nought at first."""
     if isinstance(gates, Gates):
         return tuple(_some(tensor, stride) for tensor in gates)
+    if isinstance(gates, DeferredGates):
+        log_alpha, *moments = (_some(tensor, stride) for tensor in (gates.log_alpha, gates.exp_avg, gates.exp_avg_sq))
+        return log_alpha, torch.zeros_like(log_alpha), *moments
     count, device = gates.log_alpha.numel(), gates.log_alpha.device
     lines = torch.arange(0, count - LINE, LINE * stride, device=device)
     log_alpha, exp_avg, exp_avg_sq = gates.at((lines.unsqueeze(1) + torch.arange(LINE, device=device)).view(-1))
     return log_alpha, torch.zeros_like(log_alpha), exp_avg, exp_avg_sq
+
+
+@functools.lru_cache(maxsize=256)
+def _places_of_some(numel: int, stride: int, device: torch.device) -> Tensor:
+    """Where the elements that [`_some`] takes of a tensor are: int32."""
+    lines = numel // (LINE * stride) if stride > 1 else 0
+    if not lines:
+        return torch.arange(0, numel, stride, dtype=torch.int32, device=device)
+    starts = torch.arange(0, lines * LINE * stride, LINE * stride, dtype=torch.int32, device=device)
+    return (starts.unsqueeze(1) + torch.arange(LINE, dtype=torch.int32, device=device)).view(-1)
+
+
+def _make_deferred(
+    groups: Sequence[Group], parts: Sequence[Sequence[Tensor]], stride: int, stretch: Stretch, fused: bool
+) -> None:
+    """Write the deferred gradients into what [`_sampled`] gave, with one launch for all."""
+    pairs = [
+        (gates, part)
+        for group, part in zip(groups, parts, strict=True)
+        if isinstance(gates := group.elements, DeferredGates)
+    ]
+    if not pairs:
+        return
+    columns = [
+        (
+            _some(gates.by_w, stride),
+            _some(gates.w, stride),
+            part[0],
+            _places_of_some(gates.w.numel(), stride, gates.w.device),
+        )
+        for gates, part in pairs
+    ]
+    sizes = [len(column[0]) for column in columns]
+    seeds = torch.stack([gates.seed for gates, _ in pairs], 1)
+    seeds = seeds.repeat_interleave(torch.tensor(sizes, device=seeds.device), 1)
+    made = kernels.deferred_gradient_at(
+        *(torch.cat(column) for column in zip(*columns, strict=True)), seeds, stretch, fused
+    )
+    for (_, part), grad in zip(pairs, torch.split(made, sizes), strict=True):
+        part[1].copy_(grad)
 
 
 class _Sample:
@@ -282,9 +341,11 @@ class _Sample:
         pace: float,
         stretch: Stretch,
         ratio: float,
+        fused: bool,
     ) -> None:
         stride = max(1, sum(group.elements.log_alpha.numel() for group in groups) // SAMPLE)
         parts = [_sampled(group.elements, stride) for group in groups]
+        _make_deferred(groups, parts, stride, stretch, fused)
         log_alpha, grad, exp_avg, exp_avg_sq = (torch.cat(column) for column in zip(*parts, strict=True))
         counts = torch.tensor([part[0].numel() for part in parts], device=log_alpha.device)
         self.logit = open_logit(log_alpha, stretch)

@@ -31,6 +31,8 @@ WORTH_THREADS = 1 << 15
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 _SMALLEST = 1e-30
+LONG = 1000
+"""More operations than any chain has. A compiler that splits one needs memory for what lies between the parts."""
 UNIT = 1 << 30
 """Probabilities are added in integer units of 2^-30, so that their sum does not depend on the order."""
 
@@ -78,6 +80,41 @@ def _gradients(
     return (z * w * grad).sum()
 
 
+def _gradient(
+    by_w: Tensor,
+    grad: Tensor,
+    w: Tensor,
+    log_alpha: Tensor,
+    start: int,
+    whole: Tensor,
+    seed: Tensor,
+    stretch: Stretch,
+    rows: Tensor | None,
+) -> Tensor:
+    z = stretch_and_clamp(binary_concrete(log_alpha, uniform(seed, _places(w, start, rows))), stretch)
+    grad = grad.float()
+    by_w.copy_(z * (grad * whole))
+    return (z * w * grad).sum()
+
+
+def _by_location(by_w: Tensor, w: Tensor, log_alpha: Tensor, places: Tensor, seed: Tensor, stretch: Stretch) -> Tensor:
+    s = binary_concrete(log_alpha, uniform(seed, places))
+    z = stretch_and_clamp(s, stretch)
+    return torch.where(z > 0, by_w * w * (gate_slope(s, stretch) / z), 0.0)
+
+
+def _deferred(
+    out: Tensor, by_w: Tensor, w: Tensor, log_alpha: Tensor, start: int, seed: Tensor, stretch: Stretch
+) -> None:
+    out.copy_(_by_location(by_w, w, log_alpha, _places(w, start, None), seed, stretch))
+
+
+def _deferred_at(
+    out: Tensor, by_w: Tensor, w: Tensor, log_alpha: Tensor, places: Tensor, start: int, seeds: Tensor, stretch: Stretch
+) -> None:
+    out.copy_(_by_location(by_w, w, log_alpha, places, seeds, stretch))
+
+
 def open_units(log_alpha: Tensor, shift: float) -> Tensor:
     """P(z > 0) in units of 2^-30, int32."""
     return (torch.sigmoid(widened(log_alpha) - shift) * UNIT).to(torch.int32)
@@ -99,6 +136,26 @@ def _automatic(log_alpha: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Ten
     log_alpha.copy_(log_alpha - torch.where(move > 0, rule[2], rule[1]) * move)
     exp_avg.copy_(mean)
     exp_avg_sq.copy_(square)
+
+
+def _automatic_idle(log_alpha: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, start: int, rule: Tensor) -> None:
+    _automatic(log_alpha, torch.zeros_like(exp_avg), exp_avg, exp_avg_sq, start, rule)
+
+
+def _automatic_deferred(
+    log_alpha: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    by_w: Tensor,
+    w: Tensor,
+    start: int,
+    seed: Tensor,
+    stretch: Stretch,
+    rule: Tensor,
+    rows: Tensor | None,
+) -> None:
+    grad = _by_location(by_w, w, log_alpha, _places(w, start, rows), seed, stretch)
+    _automatic(log_alpha, grad, exp_avg, exp_avg_sq, start, rule)
 
 
 def _penalised(grad: Tensor, log_alpha: Tensor, shift: float, weight: Tensor) -> Tensor:
@@ -132,7 +189,8 @@ def _adam(
 def _compiled(chain: Callable[..., Any], threads: int) -> Callable[..., Any]:
     # The size that comes first decides whether a loop is parallel, and the compiler's cache on disk does not know for how
     # many threads: so the number is said, and small tensors have a loop of their own.
-    compiled = torch.compile(chain, options={"cpp.threads": threads})
+    options = {"cpp.threads": threads, "realize_reads_threshold": LONG, "realize_opcount_threshold": LONG}
+    compiled = torch.compile(chain, options=options)
     marked = False
 
     def call(*arguments: Any) -> Any:
@@ -259,6 +317,42 @@ def gradients(
     return by_w, by_log_alpha, by_whole
 
 
+def gradient(
+    grad: Tensor,
+    w: Tensor,
+    log_alpha: Tensor,
+    whole: Tensor,
+    seed: Tensor,
+    stretch: Stretch,
+    rows: Tensor | None = None,
+    fused: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """[`gradients`] without that by the locations."""
+    by_w = torch.empty_like(w)
+    tensors = [by_w, grad, w, log_alpha]
+    by_whole: Tensor = _run(_gradient, fused, tensors, whole, seed, stretch, rows, whole=rows is not None)
+    return by_w, by_whole
+
+
+def deferred_gradient(
+    by_w: Tensor, w: Tensor, log_alpha: Tensor, seed: Tensor, stretch: Stretch, fused: bool = False
+) -> Tensor:
+    """The gradient by the locations, from that by w: `by_w` w z' / z, and 0 where z is. Arguments as of [`effective`]."""
+    out = torch.empty_like(w)
+    _run(_deferred, fused, [out, by_w, w, log_alpha], seed, stretch)
+    return out
+
+
+def deferred_gradient_at(
+    by_w: Tensor, w: Tensor, log_alpha: Tensor, places: Tensor, seeds: Tensor, stretch: Stretch, fused: bool = False
+) -> Tensor:
+    """The same for some elements, all shape (n,), of any tensors: at `places`, int32, of those, with noise of `seeds`, int32, shape
+    (4, n)."""
+    out = torch.empty_like(w)
+    _run(_deferred_at, fused, [out, by_w, w, log_alpha, places], seeds, stretch, whole=True)
+    return out
+
+
 def open_elements(log_alpha: Tensor, stretch: Stretch, fused: bool = False) -> Tensor:
     """Sum of P(z > 0) over the elements in units of 2^-30, int64, shape (): the same whatever the order."""
     total: Tensor = _run(_open_elements, fused, [log_alpha], open_shift(stretch))
@@ -266,11 +360,44 @@ def open_elements(log_alpha: Tensor, stretch: Stretch, fused: bool = False) -> T
 
 
 def automatic_(
-    log_alpha: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, rule: Tensor, fused: bool = False
-) -> None:
+    log_alpha: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    stretch: Stretch,
+    rule: Tensor,
+    fused: bool = False,
+) -> Tensor:
     """Move gates by the automatic rule of `diffpeft/gate_update.py`; `rule` is fp32: pull, pace of opening and of closing, and the
-    factors that correct the bias of the two moments."""
+    factors that correct the bias of the two moments. Returns what [`open_elements`] counts then."""
     _run(_automatic, fused, [log_alpha, grad, exp_avg, exp_avg_sq], rule)
+    return open_elements(log_alpha, stretch, fused)  # while they are in a cache
+
+
+def automatic_idle_(
+    log_alpha: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, stretch: Stretch, rule: Tensor, fused: bool = False
+) -> Tensor:
+    """[`automatic_`] without a gradient."""
+    _run(_automatic_idle, fused, [log_alpha, exp_avg, exp_avg_sq], rule)
+    return open_elements(log_alpha, stretch, fused)
+
+
+def automatic_deferred_(
+    log_alpha: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    by_w: Tensor,
+    w: Tensor,
+    seed: Tensor,
+    stretch: Stretch,
+    rule: Tensor,
+    rows: Tensor | None = None,
+    fused: bool = False,
+) -> Tensor:
+    """[`automatic_`] with [`deferred_gradient`]; `rows` as of [`effective`]."""
+    tensors = [log_alpha, exp_avg, exp_avg_sq, by_w, w]
+    _run(_automatic_deferred, fused, tensors, seed, stretch, rule, rows, whole=rows is not None)
+    return open_elements(log_alpha, stretch, fused)
 
 
 def penalised_square(grad: Tensor, log_alpha: Tensor, stretch: Stretch, weight: Tensor, fused: bool = False) -> Tensor:

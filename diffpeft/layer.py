@@ -128,8 +128,11 @@ class DiffPruningLayer(Mergeable):
     def _sample(self, adapter_name: str, name: str) -> Sample:
         """How a parameter's gates are sampled in this pass."""
         seed = self.noise.seed((self.key, adapter_name, name))
-        fold = self.folding(adapter_name, name)
-        return Sample(seed, self.configs[adapter_name].stretch, self.fused, self.noise.scratch, fold)
+        stretch, fold = self.configs[adapter_name].stretch, self.folding(adapter_name, name)
+        deferral = self.deferral_of(adapter_name, name)
+        if deferral is not None:
+            deferral.begin_use()
+        return Sample(seed, stretch, self.fused, self.noise.scratch, fold, deferral)
 
     def changes_any(self, adapter_name: str) -> bool:
         """Whether the adapter has a diff for one of the module's own parameters."""

@@ -17,6 +17,7 @@ from diffpeft import gate_update, gates, positions, pruning, scan
 from diffpeft.adapter import GATING_PARAMETERS, VALUES, is_quantized, own_shapes
 from diffpeft.combine import combine
 from diffpeft.config import DiffPruningConfig, check_density
+from diffpeft.deferred import DeferredGates
 from diffpeft.gate_tensors import GATING_BUFFERS, GateTensors
 from diffpeft.gated_diff import GatedDiff
 from diffpeft.in_backward import InBackward
@@ -119,12 +120,14 @@ class DiffPruningModel(Serving):
                 log_alpha.detach(), torch.zeros_like(log_alpha) if grad is None else grad, exp_avg, exp_avg_sq
             )
 
-        pairs = [pair for layer in self._layers(adapter_name) for pair in layer.gates(adapter_name).values()]
+        def elements_of(layer: DiffPruningLayer, name: str, tensors: GateTensors | LeanGates) -> Any:
+            deferred = layer.finish_deferred(adapter_name, name) if with_gradient else None
+            return deferred or (tensors if isinstance(tensors, LeanGates) else gates_of(tensors))
+
         return [
-            gate_update.Group(
-                elements if isinstance(elements, LeanGates) else gates_of(elements), whole and gates_of(whole)
-            )
-            for elements, whole in pairs
+            gate_update.Group(elements_of(layer, name, elements), whole and gates_of(whole))
+            for layer in self._layers(adapter_name)
+            for name, (elements, whole) in layer.gates(adapter_name).items()
         ]
 
     def _is_fused(self, adapter_name: str) -> bool:
@@ -134,9 +137,12 @@ class DiffPruningModel(Serving):
         """The expected number of nonzeros, before lambda; a differentiable scalar (arXiv 2012.07463, equations 4, 6).
 
         In fixmask it is the number of nonzeros, and in gating without gates the number of adapted parameters; neither
-        has a gradient.
+        has a gradient. A loop that differentiates it reads gradients of gates itself: none is deferred any more, see
+        [`defer_gate_gradients`].
         """
         name = self._name(adapter_name)
+        if torch.is_grad_enabled():
+            self.defer_gate_gradients(False, name)
         config = self.peft_config[name]
         terms = [
             gates.expected_l0(
@@ -175,14 +181,18 @@ class DiffPruningModel(Serving):
 
     def _open_elements(self, adapter_name: str, groups: Sequence[gate_update.Group]) -> Tensor:
         """Sum of P(element open) of each group: counted once for as long as no gate moves."""
-        born = [layer.gates_born.get(adapter_name) for layer in self._layers(adapter_name)]
-        places = born, [(g.elements.log_alpha._version, g.elements.log_alpha.data_ptr()) for g in groups]
+        moves = self._moves(adapter_name, groups)
         counted: tuple[Any, Tensor] | None = self.__dict__.get("_opened")
-        if counted is None or counted[0] != places:
+        if counted is None or counted[0] != moves:
             stretch = self.peft_config[adapter_name].stretch
             elements = gate_update.open_elements(groups, stretch, self._is_fused(adapter_name))
-            counted = self.__dict__["_opened"] = places, elements
+            counted = self.__dict__["_opened"] = moves, elements
         return counted[1]
+
+    def _moves(self, adapter_name: str, groups: Sequence[gate_update.Group]) -> Any:
+        """Other than it was once any gate has moved."""
+        born = [layer.gates_born.get(adapter_name) for layer in self._layers(adapter_name)]
+        return born, [(g.elements.log_alpha._version, g.elements.log_alpha.data_ptr()) for g in groups]
 
     def expected_density(self, adapter_name: str | None = None) -> float:
         """Expected nonzeros as a share of all base parameters, adapted or not."""
@@ -209,6 +219,23 @@ class DiffPruningModel(Serving):
         if target == 1.0:
             return 1.0
         return min(1.0, max(0.0, math.log(self.expected_density(name)) / math.log(target)))
+
+    def defer_gate_gradients(self, enabled: bool = True, adapter_name: str | None = None) -> None:
+        """Have [`gate_step`] make the gradients of gates from those of w (`diffpeft/deferred.py`), which saves their memory and
+        the time to fill it. [`DiffPruningCallback`] does.
+
+        After a backward pass `log_alpha.grad` of a large parameter is then None, so leave it off in a loop that reads these
+        gradients itself. A norm of all gradients is without them; clipping by it scales them with those of w. They are stored
+        as ever where they follow from nothing else: with several passes an update, several processes, parameters that a pass uses
+        several times, a fixed `l0_lambda`, and under torch.compile. The low-memory mode stores none in any case.
+        """
+        name = self._name(adapter_name)
+        config: DiffPruningConfig = self.peft_config[name]
+        for layer in self._layers(name):
+            if enabled and config.l0_lambda == "auto":
+                layer.defer_gradients(name, config.stretch)
+            else:
+                layer.store_gradients(name)
 
     def update_in_backward(self, optimizer: torch.optim.Optimizer, adapter_name: str | None = None) -> InBackward:
         """With `low_memory=True`, have large diffs updated within the backward pass, and gradients of gates used up there. Call it
@@ -268,7 +295,8 @@ class DiffPruningModel(Serving):
         check_whole((location for layer in layers for location in layer.gate_locations(name)), "gate_step")
         finished = [layer.finish_update(name) for layer in layers] if config.low_memory else []
         groups = self._groups(name)
-        sums = [group.elements.grad.sum() for group in groups if isinstance(group.elements, gate_update.Gates)]
+        sums = [one.grad.sum() for group in groups if isinstance(one := group.elements, gate_update.Gates)]
+        sums += [one.probe() for group in groups if isinstance(one := group.elements, DeferredGates)]
         finite = all(finished) and (not sums or bool(torch.stack(sums).sum().isfinite()))
         l0_lambda, fused = math.nan, self._is_fused(name)
         if finite:
@@ -281,9 +309,10 @@ class DiffPruningModel(Serving):
                 target = config.target_density * total
                 wanted = gate_update.density_schedule(step, gating_steps, start, min(start, target))
                 pace = gate_update.automatic_pace(step, gating_steps, config.gate_learning_rate)
-                l0_lambda = gate_update.automatic_step(
+                l0_lambda, moved = gate_update.automatic_step(
                     groups, step, pace, config.stretch, expected, wanted, elements, fused, folded=config.low_memory
                 )
+                self.__dict__["_opened"] = self._moves(name, groups), moved
             else:
                 pace, l0_lambda = config.gate_learning_rate or gate_update.PAPER_PACE, float(config.l0_lambda)
                 form = config.group_penalty

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from diffpeft import kernels
 from diffpeft.autograd import compute_dtype, embedding_gradient
+from diffpeft.deferred import Deferral
 from diffpeft.gates import Stretch, stretch_and_clamp
 from diffpeft.noise import parts, uniform, uniform_at
 from diffpeft.scratch import Scratch
@@ -33,6 +34,8 @@ class Sample(NamedTuple):
     """For effective weights of linear layers."""
     fold: Callable[[Tensor, Tensor | None], None] | None = None
     """Takes the gradient of the elements' locations, and of which rows it is (None: of all), in place of autograd."""
+    deferral: Deferral | None = None
+    """Sees to it that, where it applies, there is no such gradient."""
 
 
 class _Gates:
@@ -67,18 +70,40 @@ class _Gates:
     def gradients(
         self, grad: Tensor, w: Tensor, log_alpha: Tensor, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """By w, by the elements' locations, unless these are folded, and by the group's."""
-        stretch, fused, fold = self.sample.stretch, self.sample.fused, self.sample.fold
-        by_w, by_log_alpha, total = kernels.gradients(grad, w, log_alpha, self.whole, self.seed, stretch, rows, fused)
-        by_elements: Tensor | None = by_log_alpha
-        if fold is not None:
-            fold(by_log_alpha, rows)
-            by_elements = None
+        """By w, by the elements' locations, unless these are folded or deferred, and by the group's.
+
+        Args:
+            grad: of the effective parameter, or of `rows` of it, each of them once.
+            w: all of the diff, as `log_alpha` of the locations.
+            log_alpha: the locations.
+            rows: int64, shape (n,).
+        """
+        sample, by_elements = self.sample, None
+        stretch, fused, fold, deferral = sample.stretch, sample.fused, sample.fold, sample.deferral
+        own = [tensor if rows is None else tensor.index_select(0, rows) for tensor in (w, log_alpha)]
+        settings = *own, self.whole, self.seed, stretch, rows, fused
+        if deferral is not None and deferral.applies():
+            by_w, total = kernels.gradient(grad, *settings)
+            by_w = _spread(by_w, w, rows)
+            deferral.hold(by_w, self.seed, rows, total)
+        else:
+            by_w, by_elements, total = kernels.gradients(grad, *settings)
+            by_w = _spread(by_w, w, rows)
+            if fold is None:
+                by_elements = _spread(by_elements, w, rows)
+            else:
+                fold(by_elements, rows)
+                by_elements = None
         if self.group_s is None:
             return by_w, by_elements, None
         inside = (self.whole > 0) & (self.whole < 1)
         slope = (1 - self.group_s) * self.group_s * ((stretch[1] - stretch[0]) * inside)
         return by_w, by_elements, total * slope
+
+
+def _spread(part: Tensor, like: Tensor, rows: Tensor | None) -> Tensor:
+    """A matrix like another that has a part in some rows, and nought in others."""
+    return part if rows is None else torch.zeros_like(like).index_copy_(0, rows, part)
 
 
 class _SampledParameter(torch.autograd.Function):
@@ -155,12 +180,7 @@ class _SampledEmbedding(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, places, w, log_alpha = ctx.saved_tensors
         by_row = embedding_gradient(grad, rows, places, ctx.padding_idx)
-        own = [tensor.index_select(0, rows) for tensor in (w, log_alpha)]
-        *by_rows, by_group = ctx.gates.gradients(by_row, *own, rows)
-        by_w, by_log_alpha = (
-            part if part is None else torch.zeros_like(w).index_copy_(0, rows, part) for part in by_rows
-        )
-        return None, None, None, by_w, by_log_alpha, by_group, None
+        return None, None, None, *ctx.gates.gradients(by_row, w, log_alpha, rows), None
 
 
 def sampled_parameter(
