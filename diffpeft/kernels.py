@@ -3,15 +3,13 @@
 A gate's noise follows from a seed and the gate's place in its tensor (`diffpeft/noise.py`): it is made here, wherever it is
 needed, and stored nowhere.
 
-torch.compile turns a chain into one loop in C++ on a CPU and one Triton kernel on a GPU. Where it cannot, as without a C++
-compiler, a warning says so and the same source runs eagerly, on a CPU in pieces that stay in its cache: the noise is the same
-to the bit, the rest to rounding.
+torch.compile turns a chain into one loop (`diffpeft/compiling.py`). Where it cannot, as without a C++ compiler, the same source
+runs eagerly, on a CPU in pieces that stay in its cache: the noise is the same to the bit, the rest to rounding.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,20 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffpeft.compiling import WORTH_THREADS, compile_and_run
 from diffpeft.gates import PIECE, Stretch, binary_concrete, gate_slope, open_shift, stretch_and_clamp, widened
 from diffpeft.noise import uniform
 
-logger = logging.getLogger(__name__)
-
 WORTH_FUSING = 1 << 20
 """Gates of an adapter from which on a compiler's time pays."""
-WORTH_THREADS = 1 << 15
-"""Elements from which on several threads are faster than one."""
 BETAS = (0.9, 0.999)
 EPS = 1e-8
 _SMALLEST = 1e-30
-LONG = 1000
-"""More operations than any chain has. A compiler that splits one needs memory for what lies between the parts."""
 UNIT = 1 << 30
 """Probabilities are added in integer units of 2^-30, so that their sum does not depend on the order."""
 
@@ -185,51 +178,6 @@ def _adam(
     exp_avg_sq.copy_(square)
 
 
-@functools.cache
-def _compiled(chain: Callable[..., Any], threads: int) -> Callable[..., Any]:
-    # The size that comes first decides whether a loop is parallel, and the compiler's cache on disk does not know for how
-    # many threads: so the number is said, and small tensors have a loop of their own.
-    options = {"cpp.threads": threads, "realize_reads_threshold": LONG, "realize_opcount_threshold": LONG}
-    compiled = torch.compile(chain, options=options)
-    marked = False
-
-    def call(*arguments: Any) -> Any:
-        nonlocal marked
-        if not marked:  # sizes vary; all else, like the stretch, goes into the code as constants
-            for tensor in arguments:
-                if isinstance(tensor, Tensor):
-                    torch._dynamo.mark_dynamic(tensor, [d for d, size in enumerate(tensor.shape) if size > 8])
-            marked = True
-        return compiled(*arguments)
-
-    return call
-
-
-_broken: list[BaseException] = []
-"""Why nothing is compiled in this process any more."""
-
-
-def compile_and_run(chain: Callable[..., Any], first: Tensor, *others: Any) -> tuple[bool, Any]:
-    """Whether there is a compiler, and what the chain returns then. The size of `first` decides on threads."""
-    if _broken:
-        return False, None
-    try:
-        threads = torch.get_num_threads() if first.numel() >= WORTH_THREADS else 1
-        return True, _compiled(chain, threads)(first, *others)
-    except torch.OutOfMemoryError:
-        raise
-    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, OSError, ImportError) as error:
-        # A chain fails when it is compiled, before it has written anything. What is wrong with its arguments shows in eager mode.
-        _broken.append(error)
-        logger.warning(
-            "gates and diffs run eagerly, which is slower: torch.compile fails with %s: %s. It takes a C++ compiler and "
-            "Python's headers on a CPU, Triton on a GPU",
-            type(error).__name__,
-            str(error).strip().partition("\n")[0],
-        )
-        return False, None
-
-
 def _turned(x: Tensor) -> Tensor:
     return x.t().contiguous()
 
@@ -260,7 +208,7 @@ def _run(chain: Callable[..., Any], fused: bool, tensors: Sequence[Tensor], *set
     if flat and not whole:
         tensors = [tensor.view(-1) for tensor in tensors]
     if fused and flat and tensors[0].numel() > 1:
-        done, result = compile_and_run(chain, *tensors, 0, *settings)
+        done, result = compile_and_run(chain, *tensors, 0, *settings, again=not whole)
         if done:
             return result
     if not flat or whole or tensors[0].device.type != "cpu" or tensors[0].numel() <= PIECE:

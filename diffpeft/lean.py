@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffpeft import factored, kernels
+from diffpeft import factored
+from diffpeft.compiling import compile_and_run
 from diffpeft.gates import PIECE
 from diffpeft.kernels import BETAS, direction
 from diffpeft.noise import bits, new_seed, parts
@@ -79,7 +80,7 @@ def _by_rows(
 ) -> None:
     """Run a chain on matrices, and on vectors with a number for each row: compiled, or on a CPU in blocks of rows."""
     if fused:
-        done, _ = kernels.compile_and_run(chain, *matrices, 0, *vectors, *settings)
+        done, _ = compile_and_run(chain, *matrices, 0, *vectors, *settings)
         if done:
             return
     columns, start = matrices[0].shape[1], 0

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffpeft import DiffPruningConfig, gates, injection, kernels
+from diffpeft import DiffPruningConfig, compiling, gates, injection, kernels
 from diffpeft.noise import new_seed, parts, uniform
 from diffpeft.sampled import Sample, sampled_embedding, sampled_linear, sampled_parameter
 from diffpeft.scratch import Scratch
@@ -27,9 +27,9 @@ COMPILED = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++"
 @pytest.fixture(params=[False, pytest.param(True, marks=COMPILED)], ids=["eager", "compiled"])
 def fused(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Chains of elementwise operations one by one, and as a compiler fuses them."""
-    assert not kernels._broken
+    assert not compiling.broken
     yield request.param
-    assert not kernels._broken, "what was to be compiled ran eagerly"
+    assert not compiling.broken, "what was to be compiled ran eagerly"
 
 
 def sample(fused: bool = False) -> Sample:
@@ -179,7 +179,7 @@ def test_compiled_updates_of_gates_are_the_eager_ones(device, shape):
         opened = kernels.open_elements(state[0], STRETCH, fused)
         results.append([*automatic, *fixed, square, opened.float() / kernels.UNIT])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
-    assert not kernels._broken
+    assert not compiling.broken
     expected = gates.open_probability(state[0].double(), STRETCH).sum()
     torch.testing.assert_close(results[1][-1].double(), expected, rtol=1e-5, atol=1e-6 * state[0].numel())
 
@@ -188,8 +188,8 @@ def test_without_a_compiler_the_gates_run_eagerly_and_say_so(monkeypatch, caplog
     def no_compiler(*_: object) -> None:
         raise RuntimeError("No working C++ compiler found\nand more")
 
-    monkeypatch.setattr(kernels, "_broken", [])
-    monkeypatch.setattr(kernels, "_compiled", lambda *_: no_compiler)
+    monkeypatch.setattr(compiling, "broken", [])
+    monkeypatch.setattr(compiling, "compiled", lambda *_: no_compiler)
     leaves, base, how = make_leaves((5, 6), "cpu"), torch.randn(5, 6), sample(True)
     with caplog.at_level(logging.WARNING, "diffpeft"):
         actual = gradients(leaves, lambda *own: sampled_parameter(base, *own, how), torch.ones(5, 6))
