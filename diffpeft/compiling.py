@@ -33,12 +33,17 @@ class _Launch(NamedTuple):
     """What was compiled, for arguments like some that were there before."""
 
     run: Callable[..., Sequence[Tensor]]
-    inputs: tuple[tuple[bool, int], ...]
+    inputs: tuple[tuple[bool, Any], ...]
     """Of each input: whether it is an argument, and which; or which number."""
 
     def __call__(self, arguments: Sequence[Any]) -> Any:
         made = self.run(*(arguments[value] if given else value for given, value in self.inputs))
         return made[0] if made else None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether torch.compile has made an input of a size or of another number, as it does where it has seen several."""
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
 class _Compiled:
@@ -54,7 +59,7 @@ class _Compiled:
             "realize_reads_threshold": LONG,
             "realize_opcount_threshold": LONG,
         }
-        self._checked = torch.compile(chain, backend=self._compile, fullgraph=True)
+        self._checked = torch.compile(chain, backend=self._compile)
         self._marked = False
         self._seen: tuple[Callable[..., Any], Sequence[Any]] | None = None
         self._launches: dict[Any, _Launch] = {}
@@ -82,7 +87,7 @@ class _Compiled:
             run, inputs = self._seen
             places = {id(argument): place for place, argument in enumerate(arguments)}
             told = [(True, places[id(x)]) if id(x) in places else (False, x) for x in inputs]
-            if all(given or isinstance(value, int) for given, value in told):
+            if all(given or _is_number(value) for given, value in told):
                 self._launches[key] = _Launch(run, tuple(told))
         self._seen = None
         return result

@@ -80,14 +80,15 @@ class Deferral:
 
     def __init__(self, w: nn.Parameter, log_alpha: nn.Parameter, stretch: Stretch) -> None:
         self._w, self._log_alpha, self._stretch = weakref.ref(w), weakref.ref(log_alpha), stretch
-        self._uses = 0
+        self._uses, self._removed = 0, False
         self._held: _Held | None = None
         self._hook: Any = w.register_hook(self._arrives)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
-        """Store gradients again, the one that is held too."""
+        """Store gradients again, the one that is held too, and those of passes that have begun."""
         self.store()
         self._hook.remove()
+        self._removed = True
 
     def is_of(self, w: Tensor, log_alpha: Tensor) -> bool:
         """Whether it sees these, and both train."""
@@ -102,7 +103,8 @@ class Deferral:
     def applies(self) -> bool:
         """Whether the backward pass may leave a gradient out: that of the one use since the last update, in one process."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return self._uses == 1 and self._held is None and not (distributed and torch.distributed.get_world_size() > 1)
+        alone = self._uses == 1 and self._held is None and not self._removed
+        return alone and not (distributed and torch.distributed.get_world_size() > 1)
 
     def hold(self, by_w: Tensor, seed: Tensor, rows: Tensor | None, total: Tensor) -> None:
         """Take over: the gradient of w is about to be given to autograd."""

@@ -232,7 +232,7 @@ class DiffPruningModel(Serving):
         name = self._name(adapter_name)
         config: DiffPruningConfig = self.peft_config[name]
         for layer in self._layers(name):
-            if enabled and config.l0_lambda == "auto":
+            if enabled and config.l0_lambda == "auto" and not config.low_memory:
                 layer.defer_gradients(name, config.stretch)
             else:
                 layer.store_gradients(name)

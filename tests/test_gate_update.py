@@ -179,7 +179,8 @@ def test_automatic_step_reaches_what_is_wanted_within_2_percent(device, structur
     for group in groups if structured else []:
         group.whole.log_alpha.fill_(20.0)  # far from closing, so that the elements alone decide
     expected = gate_update.expected_nonzeros(groups, STRETCH)
-    gate_update.automatic_step(groups, step, 3.0, STRETCH, expected, share * expected)
+    _, opened = gate_update.automatic_step(groups, step, 3.0, STRETCH, expected, share * expected)
+    assert torch.equal(opened, gate_update.open_elements(groups, STRETCH))
     assert gate_update.expected_nonzeros(groups, STRETCH) == pytest.approx(share * expected, rel=0.02)
 
 
@@ -221,7 +222,7 @@ def test_automatic_step_pulls_no_gate_while_the_density_is_below_what_is_wanted(
     before = locations(groups)
     gradients = torch.cat([gates.grad.reshape(-1) for gates in all_gates(groups)])
     expected = gate_update.expected_nonzeros(groups, STRETCH)
-    assert gate_update.automatic_step(groups, 0, 0.1, STRETCH, expected, 2 * expected) == 0.0
+    assert gate_update.automatic_step(groups, 0, 0.1, STRETCH, expected, 2 * expected)[0] == 0.0
     # Those that the task wants open go on; those that it wants shut would only lead further away.
     torch.testing.assert_close(locations(groups), before + 0.1 * (gradients < 0), rtol=0, atol=1e-5)
 
@@ -235,7 +236,7 @@ def test_automatic_step_slows_down_gates_that_close_by_themselves_too_fast(struc
         if structured:
             group.whole.log_alpha.fill_(20.0)
     expected = gate_update.expected_nonzeros(groups, STRETCH)
-    assert gate_update.automatic_step(groups, 0, 3.0, STRETCH, expected, 0.9 * expected) == 0.0
+    assert gate_update.automatic_step(groups, 0, 3.0, STRETCH, expected, 0.9 * expected)[0] == 0.0
     assert gate_update.expected_nonzeros(groups, STRETCH) == pytest.approx(0.9 * expected, rel=0.02)
 
 
@@ -302,7 +303,7 @@ def test_the_scale_of_the_loss_does_not_matter(structured):
             set_random_gradients(groups, scale * 1e-3, seed=step)
             expected = gate_update.expected_nonzeros(groups, STRETCH)
             wanted = gate_update.density_schedule(step, 30, 37.0, 4.0)
-            pulls.append(gate_update.automatic_step(groups, step, 0.5, STRETCH, expected, wanted) / scale)
+            pulls.append(gate_update.automatic_step(groups, step, 0.5, STRETCH, expected, wanted)[0] / scale)
         runs.append(locations(groups))
     torch.testing.assert_close(runs[1], runs[0], rtol=0, atol=1e-2)
     assert pulls[30:] == pytest.approx(pulls[:30], rel=1e-2)
@@ -320,7 +321,7 @@ def test_gates_that_are_all_shut_for_good_do_no_harm():
     groups = make_groups(SHAPES, True, mean=-60.0)
     expected = gate_update.expected_nonzeros(groups, STRETCH)
     assert 0 < expected < 1e-6
-    assert gate_update.automatic_step(groups, 0, 0.1, STRETCH, expected, 2.0) == 0.0
+    assert gate_update.automatic_step(groups, 0, 0.1, STRETCH, expected, 2.0)[0] == 0.0
     assert bool(torch.isfinite(locations(groups)).all())
 
 

@@ -139,7 +139,7 @@ def test_gates_move_as_plain_ones_with_the_same_moments_do(device, fused, shape)
     log_alpha, exp_avg, exp_avg_sq = moments(gates)
     plain = Gates(log_alpha.clone(), torch.zeros_like(exp_avg), exp_avg.clone(), exp_avg_sq.clone())
     rule = torch.tensor([1e-4, 0.5, 0.25, 3.0, 200.0], device=device)
-    kernels.automatic_(*plain, rule)
+    kernels.automatic_(*plain, (-1.5, 1.5), rule)
     gates.move(rule, fused)
     actual = moments(gates)
     assert float((actual[0] - plain.log_alpha).abs().max()) <= 2**-9  # of fp16 below 2

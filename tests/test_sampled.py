@@ -173,7 +173,8 @@ def test_compiled_updates_of_gates_are_the_eager_ones(device, shape):
     results = []
     for fused in (False, True):
         automatic, fixed = ([tensor.clone() for tensor in state] for _ in range(2))
-        kernels.automatic_(*automatic, rule, fused)
+        counted = kernels.automatic_(*automatic, STRETCH, rule, fused)
+        assert counted == kernels.open_elements(automatic[0], STRETCH, fused)
         kernels.adam_(*fixed, STRETCH, weight, rule[2:].contiguous(), fused)
         square = kernels.penalised_square(state[1], state[0], STRETCH, weight, fused)
         opened = kernels.open_elements(state[0], STRETCH, fused)
@@ -185,7 +186,7 @@ def test_compiled_updates_of_gates_are_the_eager_ones(device, shape):
 
 
 def test_without_a_compiler_the_gates_run_eagerly_and_say_so(monkeypatch, caplog):
-    def no_compiler(*_: object) -> None:
+    def no_compiler(*_: object, **__: object) -> None:
         raise RuntimeError("No working C++ compiler found\nand more")
 
     monkeypatch.setattr(compiling, "broken", [])
