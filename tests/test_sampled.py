@@ -28,7 +28,10 @@ COMPILED = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++"
 def fused(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Chains of elementwise operations one by one, and as a compiler fuses them."""
     assert not compiling.broken
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     yield request.param
+    torch.set_num_threads(threads)
     assert not compiling.broken, "what was to be compiled ran eagerly"
 
 
