@@ -66,7 +66,8 @@ class _Compiled:
 
     def _compile(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         """torch.compile's backend."""
-        run = lookup_backend("inductor")(graph, examples, config_patches=self._options)
+        inductor: Any = lookup_backend("inductor")
+        run = inductor(graph, examples, config_patches=self._options)
 
         def noting(*inputs: Any) -> Any:
             self._seen = run, inputs

@@ -55,18 +55,24 @@ class DeferredGates(NamedTuple):
 
     def move(self, rule: Tensor, fused: bool = False) -> Tensor:
         """Move the gates by the automatic rule; see [`diffpeft.kernels.automatic_`], what it returns too."""
-        own = [self.log_alpha, self.exp_avg, self.exp_avg_sq]
-        parts = self.seed, self.stretch, rule
         if self.rows is None:
-            return kernels.automatic_deferred_(*own, self.by_w, self.w, *parts, fused=fused)
+            return self._move(rule, fused)
         # Most rows have no gradient: all move without one, but for those of the batch.
-        some = [tensor.index_select(0, self.rows) for tensor in (*own, self.by_w, self.w)]
-        total = kernels.automatic_idle_(*own, self.stretch, rule, fused)
+        tensors: dict[str, Any] = {
+            name: getattr(self, name).index_select(0, self.rows)
+            for name in ("log_alpha", "exp_avg", "exp_avg_sq", "w", "by_w")
+        }
+        some = self._replace(**tensors)
+        total = kernels.automatic_idle_(self.log_alpha, self.exp_avg, self.exp_avg_sq, self.stretch, rule, fused)
         total = total - kernels.open_elements(self.log_alpha.index_select(0, self.rows), self.stretch)
-        total = total + kernels.automatic_deferred_(*some, *parts, rows=self.rows)
-        for tensor, moved in zip(own, some, strict=False):
-            tensor.index_copy_(0, self.rows, moved)
+        total = total + some._move(rule, fused=False)
+        for name in ("log_alpha", "exp_avg", "exp_avg_sq"):
+            getattr(self, name).index_copy_(0, self.rows, tensors[name])
         return total
+
+    def _move(self, rule: Tensor, fused: bool) -> Tensor:
+        own = self.log_alpha, self.exp_avg, self.exp_avg_sq, self.by_w, self.w
+        return kernels.automatic_deferred_(*own, self.seed, self.stretch, rule, self.rows, fused)
 
 
 class Deferral:

@@ -14,20 +14,18 @@ Two rules, both Adam (Kingma & Ba 2015) with moments m, v of the gradient g and 
   without an eps there is no scale of the loss or of lambda at which the method changes.
 """
 
-import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from diffpeft import kernels
 from diffpeft.deferred import DeferredGates
-from diffpeft.gates import Stretch, open_logit, open_probability, open_shift
-from diffpeft.kernels import BETAS, direction
+from diffpeft.gate_groups import Gates, Group, added_up, is_small, open_elements, open_wholes
+from diffpeft.gates import Stretch, open_probability
+from diffpeft.kernels import BETAS
 from diffpeft.lean import LeanGates
-from diffpeft.together import SMALL
+from diffpeft.pull import Sample
 
 PAPER_PACE = 0.1
 TRAVEL = 40.0
@@ -36,28 +34,6 @@ HELD = 0.3
 """Share of gating in which gates do not move: first w learns the task, so that there is something to choose by."""
 SETTLED = 0.9
 """Share of gating after which the schedule stays at its target."""
-SAMPLE = 1 << 17
-"""Gates on which lambda is solved for; the full count corrects what the sample gets wrong in the next step."""
-LINE = 16
-"""Of these, so many are neighbours: as many as memory gives at a time."""
-COARSE = 16
-"""One in so many of them tells where about lambda is, before all of them do."""
-
-
-class Gates(NamedTuple):
-    """Gates to update, all of one shape: locations, gradient of the task loss, moments."""
-
-    log_alpha: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-
-
-class Group(NamedTuple):
-    """The gates of one parameter tensor: of its elements, and of the whole or None."""
-
-    elements: Gates | LeanGates | DeferredGates
-    whole: Gates | None
 
 
 def automatic_pace(step: int, gating_steps: int, pace: float | None = None) -> float:
@@ -75,72 +51,6 @@ def density_schedule(step: int, gating_steps: int, start: float, target: float) 
     constant."""
     progress = ((step + 1) / gating_steps - HELD) / (SETTLED - HELD)
     return float(start * (target / start) ** min(1.0, max(0.0, progress)))
-
-
-@torch.no_grad()
-def open_elements(groups: Sequence[Group], stretch: Stretch, fused: bool = False) -> Tensor:
-    """Sum over the elements of P(element open) of each group, float64, shape (groups,), group gates left out."""
-    large = {
-        index: kernels.open_elements(group.elements.log_alpha, stretch, fused)
-        for index, group in enumerate(groups)
-        if not _is_small(group)
-    }
-    small = [groups[index].elements.log_alpha.reshape(-1) for index in _small(groups)]
-    return _added_up(groups, large, torch.cat(small) if small else None, stretch)
-
-
-def _added_up(groups: Sequence[Group], large: dict[int, Tensor], small: Tensor | None, stretch: Stretch) -> Tensor:
-    """What [`open_elements`] returns, from the sums of large groups and the joined locations of small ones."""
-    sums = torch.zeros(len(groups), dtype=torch.int64, device=groups[0].elements.log_alpha.device if groups else None)
-    if large:
-        sums[list(large)] = torch.stack(list(large.values()))
-    if small is not None:
-        which = _small(groups)
-        lengths = torch.tensor([groups[index].elements.log_alpha.numel() for index in which], device=sums.device)
-        owner = torch.tensor(which, device=sums.device).repeat_interleave(lengths)
-        sums.index_add_(0, owner, kernels.open_units(small, open_shift(stretch)).to(torch.int64))
-    return sums.double() / kernels.UNIT
-
-
-def _small(groups: Sequence[Group]) -> list[int]:
-    """Which groups are so small that launching kernels for each would cost most of the time."""
-    return [index for index, group in enumerate(groups) if _is_small(group)]
-
-
-def _is_small(group: Group) -> bool:
-    return isinstance(group.elements, Gates) and group.elements.log_alpha.numel() <= SMALL
-
-
-def _move_together(gates: Sequence[Gates], stretch: Stretch, rule: Tensor) -> Tensor:
-    """Move gates of small tensors, all at once. Returns their locations, joined."""
-    columns = [list(column) for column in zip(*gates, strict=True)]
-    joined = [torch.cat([tensor.reshape(-1) for tensor in column]) for column in columns]
-    kernels.automatic_(joined[0], joined[1], joined[2], joined[3], stretch, rule)
-    for column, moved in zip(columns, joined, strict=True):
-        if column is not columns[1]:  # the gradients
-            parts = torch.split(moved, [tensor.numel() for tensor in column])
-            torch._foreach_copy_(column, [part.view(tensor.shape) for part, tensor in zip(parts, column, strict=True)])
-    return joined[0]
-
-
-@torch.no_grad()
-def expected_nonzeros(groups: Sequence[Group], stretch: Stretch, elements: Tensor | None = None) -> float:
-    """Sum over the elements of P(element open) P(group open); `elements` are those of [`open_elements`], if known."""
-    if not groups:
-        return 0.0
-    elements = open_elements(groups, stretch) if elements is None else elements
-    # Gates that are shut far beyond what is counted still have a chance: nobody needs to divide by nought.
-    return max(float((elements * _open_wholes(groups, stretch)).sum()), 1 / kernels.UNIT)
-
-
-def _open_wholes(groups: Sequence[Group], stretch: Stretch) -> Tensor:
-    """P(group open) of each group, fp32, shape (groups,); 1 without a group gate."""
-    some = [index for index, group in enumerate(groups) if group.whole is not None]
-    chances = torch.ones(len(groups), device=groups[0].elements.log_alpha.device)
-    if some:
-        locations = torch.cat([whole.log_alpha for index in some if (whole := groups[index].whole)])
-        chances[some] = open_probability(locations, stretch)
-    return chances
 
 
 def penalty_gradient(group: Group, stretch: Stretch, form: str) -> tuple[Tensor, Tensor | None]:
@@ -188,7 +98,7 @@ def fixed_lambda_step(
     """
     elements = open_elements(groups, stretch, fused) if elements is None else elements
     product = form == "product"
-    by_elements = l0_lambda * (_open_wholes(groups, stretch) if product else torch.ones_like(elements))
+    by_elements = l0_lambda * (open_wholes(groups, stretch) if product else torch.ones_like(elements))
     by_wholes = l0_lambda * (elements if product else torch.ones_like(elements))
     weighted: list[tuple[Gates, Tensor]] = []
     for group, by_element, by_whole in zip(groups, by_elements.float(), by_wholes.float(), strict=True):
@@ -235,13 +145,15 @@ def automatic_step(
     correction = 1 - BETAS[0] ** (step + 1), 1 - BETAS[1] ** (step + 1)
     if folded:  # what follows lets moments decay, after which they are beta times what they should be
         correction = correction[0] * BETAS[0], correction[1] * BETAS[1]
-    pull, brake = _Sample(groups, correction, pace, stretch, wanted / expected, fused).solve()
+    small = [gates for group in groups if is_small(group) and isinstance(gates := group.elements, Gates)]
+    columns = _joined(small) if small else None
+    pull, brake = Sample(groups, columns, correction, pace, stretch, wanted / expected, fused).solve()
     rule = torch.tensor(
         [pull, pace, pace * brake, 1 / correction[0], 1 / correction[1]], device=elements.device, dtype=torch.float32
     )
     _move_wholes(groups, stretch, rule, elements)
-    small = [gates for group in groups if _is_small(group) and isinstance(gates := group.elements, Gates)]
-    joined = _move_together(small, stretch, rule) if small else None
+    if columns is not None:
+        _move_joined(small, columns, stretch, rule)
     large = {}
     for index, group in enumerate(groups):
         if isinstance(group.elements, LeanGates):
@@ -249,9 +161,9 @@ def automatic_step(
             large[index] = kernels.open_elements(group.elements.log_alpha, stretch, fused)
         elif isinstance(group.elements, DeferredGates):
             large[index] = group.elements.move(rule, fused)
-        elif not _is_small(group):
+        elif not is_small(group):
             large[index] = kernels.automatic_(*group.elements, stretch, rule, fused)
-    return pull, _added_up(groups, large, joined, stretch)
+    return pull, added_up(groups, large, None if columns is None else columns[0], stretch)
 
 
 def _move_wholes(groups: Sequence[Group], stretch: Stretch, rule: Tensor, elements: Tensor) -> None:
@@ -264,134 +176,21 @@ def _move_wholes(groups: Sequence[Group], stretch: Stretch, rule: Tensor, elemen
     if some:
         sizes = elements.new_tensor([groups[index].elements.log_alpha.numel() for index in some])
         pulls = (rule[0] * elements[some] / sizes).float().unsqueeze(0)
-        _move_together(
-            [whole for index in some if (whole := groups[index].whole)],
-            stretch,
-            torch.cat([pulls, rule[1:].unsqueeze(1).expand(-1, len(some))]),
-        )
+        wholes = [whole for index in some if (whole := groups[index].whole)]
+        _move_joined(wholes, _joined(wholes), stretch, torch.cat([pulls, rule[1:].unsqueeze(1).expand(-1, len(some))]))
 
 
-def _some(tensor: Tensor, stride: int) -> Tensor:
-    """One in `stride` of the elements, from all over the tensor."""
-    flat = tensor.reshape(-1)
-    lines = flat.numel() // (LINE * stride) if stride > 1 else 0
-    return flat[: lines * LINE * stride].view(lines, -1)[:, :LINE].reshape(-1) if lines else flat[::stride]
+def _joined(gates: Sequence[Gates]) -> list[Tensor]:
+    """Small tensors of gates as one: locations, gradients, moments."""
+    return [torch.cat([tensor.reshape(-1) for tensor in column]) for column in zip(*gates, strict=True)]
 
 
-def _sampled(gates: Gates | LeanGates | DeferredGates, stride: int) -> tuple[Tensor, ...]:
-    """One in `stride` of the gates: locations, gradients and moments. Deferred gradients are nought at first."""
-    if isinstance(gates, Gates):
-        return tuple(_some(tensor, stride) for tensor in gates)
-    if isinstance(gates, DeferredGates):
-        log_alpha, *moments = (_some(tensor, stride) for tensor in (gates.log_alpha, gates.exp_avg, gates.exp_avg_sq))
-        return log_alpha, torch.zeros_like(log_alpha), *moments
-    count, device = gates.log_alpha.numel(), gates.log_alpha.device
-    lines = torch.arange(0, count - LINE, LINE * stride, device=device)
-    log_alpha, exp_avg, exp_avg_sq = gates.at((lines.unsqueeze(1) + torch.arange(LINE, device=device)).view(-1))
-    return log_alpha, torch.zeros_like(log_alpha), exp_avg, exp_avg_sq
-
-
-@functools.lru_cache(maxsize=256)
-def _places_of_some(numel: int, stride: int, device: torch.device) -> Tensor:
-    """Where the elements that [`_some`] takes of a tensor are: int32."""
-    lines = numel // (LINE * stride) if stride > 1 else 0
-    if not lines:
-        return torch.arange(0, numel, stride, dtype=torch.int32, device=device)
-    starts = torch.arange(0, lines * LINE * stride, LINE * stride, dtype=torch.int32, device=device)
-    return (starts.unsqueeze(1) + torch.arange(LINE, dtype=torch.int32, device=device)).view(-1)
-
-
-def _make_deferred(
-    groups: Sequence[Group], parts: Sequence[Sequence[Tensor]], stride: int, stretch: Stretch, fused: bool
-) -> None:
-    """Write the deferred gradients into what [`_sampled`] gave, with one launch for all."""
-    pairs = [
-        (gates, part)
-        for group, part in zip(groups, parts, strict=True)
-        if isinstance(gates := group.elements, DeferredGates)
-    ]
-    if not pairs:
-        return
-    columns = [
-        (
-            _some(gates.by_w, stride),
-            _some(gates.w, stride),
-            part[0],
-            _places_of_some(gates.w.numel(), stride, gates.w.device),
-        )
-        for gates, part in pairs
-    ]
-    sizes = [len(column[0]) for column in columns]
-    seeds = torch.stack([gates.seed for gates, _ in pairs], 1)
-    seeds = seeds.repeat_interleave(torch.tensor(sizes, device=seeds.device), 1)
-    made = kernels.deferred_gradient_at(
-        *(torch.cat(column) for column in zip(*columns, strict=True)), seeds, stretch, fused
-    )
-    for (_, part), grad in zip(pairs, torch.split(made, sizes), strict=True):
-        part[1].copy_(grad)
-
-
-class _Sample:
-    """Some of the gates, on which the step is found after which they have `ratio` times their expected number of nonzeros."""
-
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        correction: tuple[float, float],
-        pace: float,
-        stretch: Stretch,
-        ratio: float,
-        fused: bool,
-    ) -> None:
-        stride = max(1, sum(group.elements.log_alpha.numel() for group in groups) // SAMPLE)
-        parts = [_sampled(group.elements, stride) for group in groups]
-        _make_deferred(groups, parts, stride, stretch, fused)
-        log_alpha, grad, exp_avg, exp_avg_sq = (torch.cat(column) for column in zip(*parts, strict=True))
-        counts = torch.tensor([part[0].numel() for part in parts], device=log_alpha.device)
-        self.logit = open_logit(log_alpha, stretch)
-        self.mean = torch.lerp(exp_avg, grad, 1 - BETAS[0]).div_(correction[0])
-        self.square = (exp_avg_sq * BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1]).div_(correction[1])
-        self.whole = _open_wholes(groups, stretch).repeat_interleave(counts)
-        self.pace, self.ratio = pace, ratio
-        self._before: dict[int, float] = {}
-
-    def before(self, stride: int) -> float:
-        """The nonzeros of one in `stride` before the step."""
-        if stride not in self._before:
-            self._before[stride] = float((torch.sigmoid(self.logit[::stride]) * self.whole[::stride]).sum())
-        return self._before[stride]
-
-    def expected(self, pull: float, brake: float, stride: int = 1) -> float:
-        """The nonzeros of one in `stride` after a step, as a multiple of those wanted."""
-        move = direction(self.mean[::stride], self.square[::stride], pull)
-        move = move if brake == 1.0 else torch.where(move > 0, move * brake, move)
-        after = (torch.sigmoid(self.logit[::stride] - self.pace * move) * self.whole[::stride]).sum()
-        return float(after) / max(self.ratio * self.before(stride), 1e-30)
-
-    def solve(self) -> tuple[float, float]:
-        """The least pull, and the share of their way that gates which close are let go, that give what is wanted."""
-        if self.expected(0.0, 1.0) <= 1.0:
-            if self.expected(0.0, 0.0) <= 1.0:
-                return 0.0, 0.0
-            return 0.0, _bisect(lambda brake: self.expected(0.0, brake), 0.0, 1.0, 16)
-        # Gradients of the locations are far below 1 in any network with a bounded loss; the bracket grows if not.
-        low, high = -46.0, math.log(max(float(self.square.max()) ** 0.5, 1e-12)) + 7.0
-        if self.expected(math.exp(high), 1.0) > 1.0:
-            return math.exp(high), 1.0
-        if len(self.logit) > COARSE**3:
-            about = _bisect(lambda x: self.expected(math.exp(x), 1.0, COARSE), low, high, 20)
-            width = 0.1
-            while width < high - low:  # until the root lies between
-                below, above = max(low, about - width), min(high, about + width)
-                if self.expected(math.exp(below), 1.0) > 1.0 >= self.expected(math.exp(above), 1.0):
-                    return math.exp(_bisect(lambda x: self.expected(math.exp(x), 1.0), below, above, 6)), 1.0
-                width *= 8
-        return math.exp(_bisect(lambda x: self.expected(math.exp(x), 1.0), low, high, 24)), 1.0
-
-
-def _bisect(function: Callable[[float], float], low: float, high: float, steps: int) -> float:
-    """The upper end of the interval, halved so often, at which a falling function goes below 1."""
-    for _ in range(steps):
-        middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) > 1.0 else (low, middle)
-    return high
+def _move_joined(gates: Sequence[Gates], columns: list[Tensor], stretch: Stretch, rule: Tensor) -> None:
+    """Move gates by what [`_joined`] made of them, which moves too."""
+    log_alpha, grad, *moments = columns
+    kernels.automatic_(log_alpha, grad, moments[0], moments[1], stretch, rule)
+    sizes = [one.log_alpha.numel() for one in gates]
+    for moved, own in ((log_alpha, 0), (moments[0], 2), (moments[1], 3)):
+        targets = [one[own] for one in gates]
+        parts = [part.view(tensor.shape) for part, tensor in zip(torch.split(moved, sizes), targets, strict=True)]
+        torch._foreach_copy_(targets, parts)

@@ -18,6 +18,7 @@ from diffpeft.adapter import GATING_PARAMETERS, VALUES, is_quantized, own_shapes
 from diffpeft.combine import combine
 from diffpeft.config import DiffPruningConfig, check_density
 from diffpeft.deferred import DeferredGates
+from diffpeft.gate_groups import Gates, Group, expected_nonzeros, open_elements
 from diffpeft.gate_tensors import GATING_BUFFERS, GateTensors
 from diffpeft.gated_diff import GatedDiff
 from diffpeft.in_backward import InBackward
@@ -110,22 +111,20 @@ class DiffPruningModel(Serving):
         name = self._name(adapter_name)
         return self.peft_config[name].gated and self.phase(name) == GATING
 
-    def _groups(self, adapter_name: str, with_gradient: bool = True) -> list[gate_update.Group]:
+    def _groups(self, adapter_name: str, with_gradient: bool = True) -> list[Group]:
         """All gates; without gradients the locations stand in their place."""
 
-        def gates_of(tensors: GateTensors) -> gate_update.Gates:
+        def gates_of(tensors: GateTensors) -> Gates:
             log_alpha, exp_avg, exp_avg_sq = tensors
             grad = log_alpha.grad if with_gradient else log_alpha.detach()
-            return gate_update.Gates(
-                log_alpha.detach(), torch.zeros_like(log_alpha) if grad is None else grad, exp_avg, exp_avg_sq
-            )
+            return Gates(log_alpha.detach(), torch.zeros_like(log_alpha) if grad is None else grad, exp_avg, exp_avg_sq)
 
         def elements_of(layer: DiffPruningLayer, name: str, tensors: GateTensors | LeanGates) -> Any:
             deferred = layer.finish_deferred(adapter_name, name) if with_gradient else None
             return deferred or (tensors if isinstance(tensors, LeanGates) else gates_of(tensors))
 
         return [
-            gate_update.Group(elements_of(layer, name, elements), whole and gates_of(whole))
+            Group(elements_of(layer, name, elements), whole and gates_of(whole))
             for layer in self._layers(adapter_name)
             for name, (elements, whole) in layer.gates(adapter_name).items()
         ]
@@ -177,19 +176,19 @@ class DiffPruningModel(Serving):
         groups = self._groups(name, with_gradient=False)
         if not groups:
             return float(self._count(name))
-        return gate_update.expected_nonzeros(groups, self.peft_config[name].stretch, self._open_elements(name, groups))
+        return expected_nonzeros(groups, self.peft_config[name].stretch, self._open_elements(name, groups))
 
-    def _open_elements(self, adapter_name: str, groups: Sequence[gate_update.Group]) -> Tensor:
+    def _open_elements(self, adapter_name: str, groups: Sequence[Group]) -> Tensor:
         """Sum of P(element open) of each group: counted once for as long as no gate moves."""
         moves = self._moves(adapter_name, groups)
         counted: tuple[Any, Tensor] | None = self.__dict__.get("_opened")
         if counted is None or counted[0] != moves:
             stretch = self.peft_config[adapter_name].stretch
-            elements = gate_update.open_elements(groups, stretch, self._is_fused(adapter_name))
+            elements = open_elements(groups, stretch, self._is_fused(adapter_name))
             counted = self.__dict__["_opened"] = moves, elements
         return counted[1]
 
-    def _moves(self, adapter_name: str, groups: Sequence[gate_update.Group]) -> Any:
+    def _moves(self, adapter_name: str, groups: Sequence[Group]) -> Any:
         """Other than it was once any gate has moved."""
         born = [layer.gates_born.get(adapter_name) for layer in self._layers(adapter_name)]
         return born, [(g.elements.log_alpha._version, g.elements.log_alpha.data_ptr()) for g in groups]
@@ -295,14 +294,14 @@ class DiffPruningModel(Serving):
         check_whole((location for layer in layers for location in layer.gate_locations(name)), "gate_step")
         finished = [layer.finish_update(name) for layer in layers] if config.low_memory else []
         groups = self._groups(name)
-        sums = [one.grad.sum() for group in groups if isinstance(one := group.elements, gate_update.Gates)]
+        sums = [one.grad.sum() for group in groups if isinstance(one := group.elements, Gates)]
         sums += [one.probe() for group in groups if isinstance(one := group.elements, DeferredGates)]
         finite = all(finished) and (not sums or bool(torch.stack(sums).sum().isfinite()))
         l0_lambda, fused = math.nan, self._is_fused(name)
         if finite:
             if config.l0_lambda == "auto":
                 total, elements = self.num_base_parameters(), self._open_elements(name, groups)
-                expected = gate_update.expected_nonzeros(groups, config.stretch, elements)
+                expected = expected_nonzeros(groups, config.stretch, elements)
                 start = self._count(name) * float(
                     torch.sigmoid(gates.open_logit(torch.tensor(config.init_log_alpha), config.stretch))
                 )

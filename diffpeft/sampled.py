@@ -80,14 +80,14 @@ class _Gates:
         """
         sample, by_elements = self.sample, None
         stretch, fused, fold, deferral = sample.stretch, sample.fused, sample.fold, sample.deferral
-        own = [tensor if rows is None else tensor.index_select(0, rows) for tensor in (w, log_alpha)]
-        settings = *own, self.whole, self.seed, stretch, rows, fused
+        own, own_log_alpha = (part if rows is None else part.index_select(0, rows) for part in (w, log_alpha))
+        gates = self.whole, self.seed, stretch, rows, fused
         if deferral is not None and deferral.applies():
-            by_w, total = kernels.gradient(grad, *settings)
+            by_w, total = kernels.gradient(grad, own, own_log_alpha, *gates)
             by_w = _spread(by_w, w, rows)
             deferral.hold(by_w, self.seed, rows, total)
         else:
-            by_w, by_elements, total = kernels.gradients(grad, *settings)
+            by_w, by_elements, total = kernels.gradients(grad, own, own_log_alpha, *gates)
             by_w = _spread(by_w, w, rows)
             if fold is None:
                 by_elements = _spread(by_elements, w, rows)

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AlbertConfig, AlbertForSequenceClassification, Trainer, TrainingArguments
 
-from diffpeft import DiffPruningCallback, DiffPruningConfig, compiling, gate_tensors, gate_update, kernels, layer
+from diffpeft import DiffPruningCallback, DiffPruningConfig, compiling, gate_groups, gate_tensors, kernels, layer
 from diffpeft.deferred import DeferredGates
 from diffpeft.noise import new_seed, parts
 
@@ -114,7 +114,7 @@ def make(base, **config):
 @pytest.fixture
 def large(monkeypatch):
     """How many elements a parameter of these tests has for its gates' gradient to be deferred."""
-    for module in (gate_tensors, gate_update, layer):
+    for module in (gate_tensors, gate_groups, layer):
         monkeypatch.setattr(module, "SMALL", 1000)
     return 1000
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from diffpeft import gate_update
-from diffpeft.gate_update import Gates, Group
+from diffpeft import gate_groups, gate_update, pull
+from diffpeft.gate_groups import Gates, Group
 from diffpeft.gates import expected_l0, open_probability
 
 STRETCH = (-1.5, 1.5)
@@ -56,12 +56,12 @@ def set_random_moments(groups: Sequence[Group], seed: int) -> None:
 
 def automatic_steps(groups: Sequence[Group], steps: int, target: float) -> float:
     """A whole gating phase under constant gradients; returns the expected number of nonzeros at its end."""
-    start = gate_update.expected_nonzeros(groups, STRETCH)
+    start = gate_groups.expected_nonzeros(groups, STRETCH)
     for step in range(steps):
-        expected = gate_update.expected_nonzeros(groups, STRETCH)
+        expected = gate_groups.expected_nonzeros(groups, STRETCH)
         pace, wanted = gate_update.automatic_pace(step, steps), gate_update.density_schedule(step, steps, start, target)
         gate_update.automatic_step(groups, step, pace, STRETCH, expected, wanted)
-    return gate_update.expected_nonzeros(groups, STRETCH)
+    return gate_groups.expected_nonzeros(groups, STRETCH)
 
 
 # Expected nonzeros and their gradient
@@ -72,7 +72,7 @@ def test_expected_nonzeros_is_the_papers_penalty(device, structured):
     groups = make_groups(SHAPES, structured, mean=0.5, device=device)
     wholes = [group.whole.log_alpha if structured else None for group in groups]
     penalty = sum(expected_l0(g.elements.log_alpha, whole, STRETCH) for g, whole in zip(groups, wholes, strict=True))
-    assert gate_update.expected_nonzeros(groups, STRETCH) == pytest.approx(float(penalty), rel=1e-5)
+    assert gate_groups.expected_nonzeros(groups, STRETCH) == pytest.approx(float(penalty), rel=1e-5)
 
 
 @both_forms
@@ -178,10 +178,10 @@ def test_automatic_step_reaches_what_is_wanted_within_2_percent(device, structur
         gates.grad.abs_().neg_(), gates.exp_avg.abs_().neg_()
     for group in groups if structured else []:
         group.whole.log_alpha.fill_(20.0)  # far from closing, so that the elements alone decide
-    expected = gate_update.expected_nonzeros(groups, STRETCH)
+    expected = gate_groups.expected_nonzeros(groups, STRETCH)
     _, opened = gate_update.automatic_step(groups, step, 3.0, STRETCH, expected, share * expected)
-    assert torch.equal(opened, gate_update.open_elements(groups, STRETCH))
-    assert gate_update.expected_nonzeros(groups, STRETCH) == pytest.approx(share * expected, rel=0.02)
+    assert torch.equal(opened, gate_groups.open_elements(groups, STRETCH))
+    assert gate_groups.expected_nonzeros(groups, STRETCH) == pytest.approx(share * expected, rel=0.02)
 
 
 def test_automatic_step_does_not_count_the_elements_of_a_shut_group():
@@ -191,27 +191,27 @@ def test_automatic_step_does_not_count_the_elements_of_a_shut_group():
         group.elements.log_alpha.fill_(elements)
         group.whole.log_alpha.fill_(whole)
         group.elements.grad.abs_().neg_()
-    expected = gate_update.expected_nonzeros(groups, STRETCH)
+    expected = gate_groups.expected_nonzeros(groups, STRETCH)
     gate_update.automatic_step(groups, 0, 3.0, STRETCH, expected, 0.7 * expected)
-    assert gate_update.expected_nonzeros(groups, STRETCH) == pytest.approx(0.7 * expected, rel=0.02)
+    assert gate_groups.expected_nonzeros(groups, STRETCH) == pytest.approx(0.7 * expected, rel=0.02)
 
 
 def test_automatic_step_samples_many_gates_and_still_reaches_what_is_wanted(monkeypatch):
-    monkeypatch.setattr(gate_update, "SAMPLE", 2000)
+    monkeypatch.setattr(pull, "SAMPLE", 2000)
     groups = make_groups([(100, 100), (3000,)], False, mean=1.0)
     set_random_gradients(groups, 1e-3, seed=1)
     for group in groups:  # no part of a tensor is like the whole
         gain = torch.logspace(-2, 2, group.elements.grad.numel()).view(group.elements.grad.shape)
         group.elements.grad.abs_().neg_().mul_(gain)
-    expected = gate_update.expected_nonzeros(groups, STRETCH)
+    expected = gate_groups.expected_nonzeros(groups, STRETCH)
     gate_update.automatic_step(groups, 0, 3.0, STRETCH, expected, 0.7 * expected)
-    assert gate_update.expected_nonzeros(groups, STRETCH) == pytest.approx(0.7 * expected, rel=0.02)
+    assert gate_groups.expected_nonzeros(groups, STRETCH) == pytest.approx(0.7 * expected, rel=0.02)
 
 
 def test_automatic_step_out_of_reach_closes_every_gate_at_full_pace():
     groups = make_groups(SHAPES, False, mean=1.0)
     set_random_gradients(groups, 1e-3, seed=1)
-    before, expected = locations(groups), gate_update.expected_nonzeros(groups, STRETCH)
+    before, expected = locations(groups), gate_groups.expected_nonzeros(groups, STRETCH)
     gate_update.automatic_step(groups, 0, 0.1, STRETCH, expected, 0.01 * expected)
     torch.testing.assert_close(locations(groups), before - 0.1, rtol=0, atol=1e-3)
 
@@ -221,7 +221,7 @@ def test_automatic_step_pulls_no_gate_while_the_density_is_below_what_is_wanted(
     set_random_gradients(groups, 1e-3, seed=1)
     before = locations(groups)
     gradients = torch.cat([gates.grad.reshape(-1) for gates in all_gates(groups)])
-    expected = gate_update.expected_nonzeros(groups, STRETCH)
+    expected = gate_groups.expected_nonzeros(groups, STRETCH)
     assert gate_update.automatic_step(groups, 0, 0.1, STRETCH, expected, 2 * expected)[0] == 0.0
     # Those that the task wants open go on; those that it wants shut would only lead further away.
     torch.testing.assert_close(locations(groups), before + 0.1 * (gradients < 0), rtol=0, atol=1e-5)
@@ -235,9 +235,9 @@ def test_automatic_step_slows_down_gates_that_close_by_themselves_too_fast(struc
         group.elements.grad.abs_()
         if structured:
             group.whole.log_alpha.fill_(20.0)
-    expected = gate_update.expected_nonzeros(groups, STRETCH)
+    expected = gate_groups.expected_nonzeros(groups, STRETCH)
     assert gate_update.automatic_step(groups, 0, 3.0, STRETCH, expected, 0.9 * expected)[0] == 0.0
-    assert gate_update.expected_nonzeros(groups, STRETCH) == pytest.approx(0.9 * expected, rel=0.02)
+    assert gate_groups.expected_nonzeros(groups, STRETCH) == pytest.approx(0.9 * expected, rel=0.02)
 
 
 @given(st.integers(0, 1000), st.floats(1e-3, 10), st.floats(0.01, 1.5), st.floats(1e-9, 1e3))
@@ -245,7 +245,7 @@ def test_automatic_step_moves_no_gate_further_than_its_pace(seed, pace, share, s
     groups = make_groups(SHAPES, True, mean=1.0)
     set_random_gradients(groups, scale, seed)
     set_random_moments(groups, seed + 1)
-    before, expected = locations(groups), gate_update.expected_nonzeros(groups, STRETCH)
+    before, expected = locations(groups), gate_groups.expected_nonzeros(groups, STRETCH)
     gate_update.automatic_step(groups, seed, pace, STRETCH, expected, share * expected)
     assert float((locations(groups) - before).abs().max()) <= pace * (1 + 1e-5) + 1e-5
 
@@ -301,7 +301,7 @@ def test_the_scale_of_the_loss_does_not_matter(structured):
         groups = make_groups(SHAPES, structured, mean=5.0)
         for step in range(30):
             set_random_gradients(groups, scale * 1e-3, seed=step)
-            expected = gate_update.expected_nonzeros(groups, STRETCH)
+            expected = gate_groups.expected_nonzeros(groups, STRETCH)
             wanted = gate_update.density_schedule(step, 30, 37.0, 4.0)
             pulls.append(gate_update.automatic_step(groups, step, 0.5, STRETCH, expected, wanted)[0] / scale)
         runs.append(locations(groups))
@@ -312,14 +312,14 @@ def test_the_scale_of_the_loss_does_not_matter(structured):
 def test_gates_without_any_gradient_close():
     groups = make_groups(SHAPES, True, mean=2.0)
     before = locations(groups)
-    expected = gate_update.expected_nonzeros(groups, STRETCH)
+    expected = gate_groups.expected_nonzeros(groups, STRETCH)
     gate_update.automatic_step(groups, 0, 0.1, STRETCH, expected, 0.5 * expected)
     torch.testing.assert_close(locations(groups), before - 0.1)
 
 
 def test_gates_that_are_all_shut_for_good_do_no_harm():
     groups = make_groups(SHAPES, True, mean=-60.0)
-    expected = gate_update.expected_nonzeros(groups, STRETCH)
+    expected = gate_groups.expected_nonzeros(groups, STRETCH)
     assert 0 < expected < 1e-6
     assert gate_update.automatic_step(groups, 0, 0.1, STRETCH, expected, 2.0)[0] == 0.0
     assert bool(torch.isfinite(locations(groups)).all())
@@ -328,7 +328,7 @@ def test_gates_that_are_all_shut_for_good_do_no_harm():
 def test_a_tensor_without_elements_does_no_harm():
     groups = make_groups([(6, 5), (0,)], True, mean=1.0)
     set_random_gradients(groups, 1e-3, seed=0)
-    expected = gate_update.expected_nonzeros(groups, STRETCH)
+    expected = gate_groups.expected_nonzeros(groups, STRETCH)
     gate_update.automatic_step(groups, 0, 0.1, STRETCH, expected, 0.9 * expected)
     assert bool(torch.isfinite(locations(groups)).all())
 

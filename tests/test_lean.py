@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffpeft import factored, gate_update, kernels, lean
-from diffpeft.gate_update import Gates, Group
+from diffpeft import factored, gate_groups, gate_update, kernels, lean
+from diffpeft.gate_groups import Gates, Group
 from diffpeft.kernels import BETAS
 from diffpeft.lean import LeanGates, to_half, to_levels
 from diffpeft.noise import bits, new_seed, parts
@@ -174,16 +174,16 @@ def test_the_automatic_step_reaches_the_density_with_lean_and_plain_gates_togeth
     gates = make_gates((200, 100), device)
     small = Gates(*(torch.full((50,), x, device=device) for x in (5.0, 0.0, 0.0, 0.0)))
     groups = [Group(gates, None), Group(small, None)]
-    start = gate_update.expected_nonzeros(groups, STRETCH)
+    start = gate_groups.expected_nonzeros(groups, STRETCH)
     assert start == pytest.approx(20050 * 0.993307, rel=1e-4)
     for step in range(steps):
         assert gates.fold(scale + torch.randn_like(scale) * 1e-3)
         assert lean.fold_plain(small.exp_avg, small.exp_avg_sq, scale[0, :50])
-        expected = gate_update.expected_nonzeros(groups, STRETCH)
+        expected = gate_groups.expected_nonzeros(groups, STRETCH)
         wanted = gate_update.density_schedule(step, steps, start, 100.0)
         pace = gate_update.automatic_pace(step, steps)
         gate_update.automatic_step(groups, step, pace, STRETCH, expected, wanted, folded=True)
-    assert gate_update.expected_nonzeros(groups, STRETCH) == pytest.approx(100.0, rel=0.1)
+    assert gate_groups.expected_nonzeros(groups, STRETCH) == pytest.approx(100.0, rel=0.1)
 
 
 def test_folded_moments_move_plain_gates_as_their_gradients_do():

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffpeft import DiffPruningConfig, DiffPruningLayer, gates, kernels, pruning, sampled
-from diffpeft.gate_update import Gates, Group, fixed_lambda_step, penalty_gradient
+from diffpeft.gate_groups import Gates, Group
+from diffpeft.gate_update import fixed_lambda_step, penalty_gradient
 from diffpeft.noise import NoisePass
 from diffpeft.together import Part
 
