@@ -29,6 +29,9 @@ broken: list[BaseException] = []
 """Why nothing is compiled in this process any more."""
 
 
+_Seen = tuple[Callable[..., Any], Sequence[Any]]
+
+
 class _Launch(NamedTuple):
     """What was compiled, for arguments like some that were there before."""
 
@@ -61,7 +64,7 @@ class _Compiled:
         }
         self._checked = torch.compile(chain, backend=self._compile)
         self._marked = False
-        self._seen: tuple[Callable[..., Any], Sequence[Any]] | None = None
+        self._seen: _Seen | None = None
         self._launches: dict[Any, _Launch] = {}
 
     def _compile(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
@@ -78,28 +81,30 @@ class _Compiled:
     def __call__(self, arguments: Sequence[Any], again: bool) -> Any:
         """What the chain returns; arguments of these shapes will come `again`, or may not."""
         if not again:
-            return self._check(arguments)
+            return self._check(arguments)[0]
         key = tuple([(a.dtype, a.shape, a.device) if isinstance(a, Tensor) else a for a in arguments])
         launch = self._launches.get(key)
         if launch is not None:
             return launch(arguments)
-        result = self._check(arguments)
-        if self._seen is not None and len(self._launches) < MOST_LAUNCHES:
-            run, inputs = self._seen
+        result, seen = self._check(arguments)
+        if seen is not None and len(self._launches) < MOST_LAUNCHES:
+            run, inputs = seen
             places = {id(argument): place for place, argument in enumerate(arguments)}
             told = [(True, places[id(x)]) if id(x) in places else (False, x) for x in inputs]
             if all(given or _is_number(value) for given, value in told):
                 self._launches[key] = _Launch(run, tuple(told))
-        self._seen = None
         return result
 
-    def _check(self, arguments: Sequence[Any]) -> Any:
+    def _check(self, arguments: Sequence[Any]) -> tuple[Any, _Seen | None]:
+        """What the chain returns, and what ran with which inputs, if it was compiled."""
         if not self._marked:  # sizes vary; all else, like the stretch, goes into the code as constants
             for tensor in arguments:
                 if isinstance(tensor, Tensor):
                     torch._dynamo.mark_dynamic(tensor, [d for d, size in enumerate(tensor.shape) if size > 8])
             self._marked = True
-        return self._checked(*arguments)
+        result = self._checked(*arguments)
+        seen, self._seen = self._seen, None
+        return result, seen
 
 
 compiled = functools.cache(_Compiled)

@@ -127,12 +127,20 @@ class DiffPruningLayer(Mergeable):
 
     def _sample(self, adapter_name: str, name: str) -> Sample:
         """How a parameter's gates are sampled in this pass."""
-        seed = self.noise.seed((self.key, adapter_name, name))
-        stretch, fold = self.configs[adapter_name].stretch, self.folding(adapter_name, name)
+        config, key = self.configs[adapter_name], (self.key, adapter_name, name)
+        keep = not config.low_memory and not torch.compiler.is_compiling() and not may_be_replayed()
         deferral = self.deferral_of(adapter_name, name)
         if deferral is not None:
             deferral.begin_use()
-        return Sample(seed, stretch, self.fused, self.noise.scratch, fold, deferral)
+        return Sample(
+            self.noise.seed(key),
+            config.stretch,
+            self.fused,
+            self.noise.scratch,
+            self.folding(adapter_name, name),
+            key if keep else None,
+            deferral,
+        )
 
     def changes_any(self, adapter_name: str) -> bool:
         """Whether the adapter has a diff for one of the module's own parameters."""

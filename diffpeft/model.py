@@ -28,6 +28,7 @@ from diffpeft.optimizer import check_replaceable, replace_parameters
 from diffpeft.serving import Serving
 from diffpeft.sharding import check_low_memory, check_whole
 from diffpeft.values import rounded, stored_size
+from diffpeft.walk import outer_modules
 
 GATING, FIXMASK = "gating", "fixmask"
 
@@ -104,7 +105,8 @@ class DiffPruningModel(Serving):
     def phase(self, adapter_name: str | None = None) -> str:
         """The adapter's phase: "gating" or "fixmask"."""
         name = self._name(adapter_name)
-        return GATING if any(layer.is_gating(name) for layer in self._layers(name)) else FIXMASK
+        found = (module for _, module in outer_modules(self.model) if isinstance(module, DiffPruningLayer))
+        return GATING if any(layer.is_gating(name) for layer in found) else FIXMASK
 
     def is_gated(self, adapter_name: str | None = None) -> bool:
         """Whether the adapter is in gating and has gates."""

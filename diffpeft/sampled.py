@@ -1,12 +1,12 @@
 """Parameters under sampled gates, and linear layers and embeddings that use them without keeping them.
 
 The effective parameter is made for a forward pass, let go of, and made again for the backward pass, from the seed of its noise:
-between the two only the module's input is kept. [`diffpeft.gates.gated_parameter`] is the plain form, with noise that is given.
+between the two only the module's input is kept. Weights of linear layers may stay in memory that every pass uses again. [`diffpeft.gates.gated_parameter`] is the plain form, with noise that is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,9 @@ class Sample(NamedTuple):
     """For effective weights of linear layers."""
     fold: Callable[[Tensor, Tensor | None], None] | None = None
     """Takes the gradient of the elements' locations, and of which rows it is (None: of all), in place of autograd."""
+    keep: Hashable = None
+    """What the memory is known by in which the effective weight of a linear layer stays until the backward pass; None: it is
+    made again."""
     deferral: Deferral | None = None
     """Sees to it that, where it applies, there is no such gradient."""
 
@@ -43,7 +46,8 @@ class _Gates:
 
     def __init__(self, ctx: Any, sample: Sample, w: Tensor, group_log_alpha: Tensor | None) -> None:
         self.sample, self.seed = sample, parts(sample.seed, w.device)
-        self.group_s = None
+        self.group_s: Tensor | None = None
+        self.claim: object | None = None
         if group_log_alpha is None:
             self.whole = w.new_ones(())
         else:
@@ -63,9 +67,21 @@ class _Gates:
         kernels.effective(out, base, w, log_alpha, self.whole, self.seed, stretch, rows, fused)
         return out
 
-    def passing(self, base: Tensor, w: Tensor, log_alpha: Tensor, dtype: torch.dtype) -> Tensor:
-        """The effective parameter in memory that the next one takes."""
-        return self.effective(self.sample.scratch.take("weight", w.shape, dtype, w.device), base, w, log_alpha)
+    def passing(self, base: Tensor, w: Tensor, log_alpha: Tensor, dtype: torch.dtype, keep: bool = False) -> Tensor:
+        """The effective parameter in memory that the next one takes, or that is its own until the next pass."""
+        scratch, own = self.sample.scratch, self.sample.keep
+        if not keep or own is None:
+            return self.effective(scratch.take("weight", w.shape, dtype, w.device), base, w, log_alpha)
+        made = self.effective(scratch.take(own, w.shape, dtype, w.device), base, w, log_alpha)
+        self.claim = scratch.claim(own)
+        return made
+
+    def again(self, base: Tensor, w: Tensor, log_alpha: Tensor, dtype: torch.dtype) -> Tensor:
+        """What [`passing`] made, in the backward pass."""
+        kept = None
+        if self.claim is not None:
+            kept = self.sample.scratch.claimed(self.sample.keep, self.claim, w.shape, dtype)
+        return self.passing(base, w, log_alpha, dtype) if kept is None else kept
 
     def gradients(
         self, grad: Tensor, w: Tensor, log_alpha: Tensor, rows: Tensor | None = None
@@ -137,7 +153,8 @@ class _SampledLinear(torch.autograd.Function):
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         x = x.to(dtype)
         ctx.save_for_backward(x, base, w, log_alpha)
-        effective = _Gates(ctx, sample, w, group_log_alpha).passing(base, w, log_alpha, dtype)
+        keep = ctx.needs_input_grad[0]
+        effective = _Gates(ctx, sample, w, group_log_alpha).passing(base, w, log_alpha, dtype, keep)
         return functional.linear(x, effective, None if bias is None else bias.to(dtype))
 
     @staticmethod
@@ -146,7 +163,7 @@ class _SampledLinear(torch.autograd.Function):
         x, base, w, log_alpha = ctx.saved_tensors
         by_x = by_bias = None
         if ctx.needs_input_grad[0]:
-            by_x = (grad @ ctx.gates.passing(base, w, log_alpha, grad.dtype)).to(ctx.dtypes[0])
+            by_x = (grad @ ctx.gates.again(base, w, log_alpha, grad.dtype)).to(ctx.dtypes[0])
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
             by_bias = rows.sum(0).to(ctx.dtypes[1])

@@ -1,6 +1,8 @@
 """What torch.compile made is called again without being asked for: for arguments like those before, and for no others."""
 
+import gc
 import shutil
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -78,7 +80,13 @@ def test_other_constants_and_dtypes_and_dimensions_are_looked_at(device, checked
 
 def test_shapes_that_will_not_come_again_are_not_kept(device, checked):
     for size in (40, 41, 40):
-        compile_and_run(add_one, torch.zeros(size, device=device), again=False)
+        x = torch.zeros(size, device=device)
+        gone = weakref.ref(x)
+        compile_and_run(add_one, x, again=False)
+        del x
+        checked[-1] = None
+        gc.collect()
+        assert gone() is None
     assert len(checked) == 3
 
 

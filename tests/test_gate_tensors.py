@@ -294,3 +294,19 @@ def test_the_gates_functions_take_half_width_locations(device):
     log_alpha = (torch.randn(50, device=device) * 3).half()
     assert torch.equal(gates.gate(log_alpha, None, (-1.5, 1.5)), gates.gate(log_alpha.float(), None, (-1.5, 1.5)))
     assert gates.open_probability(log_alpha, (-1.5, 1.5)).dtype == torch.float32
+
+
+def test_effective_weights_are_kept_where_memory_is_no_concern(lean_tiny_bert, batch):
+    def kept(model):
+        loss = model(**batch()).loss
+        claims = [layer.noise.scratch._claims or {} for layer in model.base_model.all_layers()]
+        loss.backward()
+        return {key[0] for key in claims[0]}
+
+    linear = {name for name, module in lean_tiny_bert().named_modules() if isinstance(module, torch.nn.Linear)}
+    assert kept(make(lean_tiny_bert())) == linear - {"classifier"}  # the head is trained whole
+    assert kept(lean_model(lean_tiny_bert())) == set()
+    checkpointed = make(lean_tiny_bert())
+    checkpointed.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpointed.base_model.model.enable_input_require_grads()
+    assert kept(checkpointed) == {"bert.pooler.dense"}

@@ -145,6 +145,51 @@ def test_nothing_but_the_input_is_kept_for_backward():
     assert all(tensor.numel() <= 4 for tensor in weights)
 
 
+@pytest.fixture
+def makings(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Where effective parameters were made."""
+    made, make = [], kernels.effective
+
+    def noting(out: Tensor, *others: object) -> None:
+        made.append(out)
+        make(out, *others)
+
+    monkeypatch.setattr(kernels, "effective", noting)
+    return made
+
+
+@pytest.mark.parametrize("between", ["nothing", "another pass", "another layer", "clearing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_kept_weight_is_made_once_unless_its_memory_was_used(makings, between, dtype):
+    leaves, base = make_leaves((5, 6), "cpu"), torch.randn(5, 6).to(dtype)
+    leaves["x"] = torch.randn(4, 6).to(dtype).requires_grad_()
+    weight, how = torch.randn(4, 5).to(dtype), sample()._replace(keep="this")
+
+    def own(w: Tensor, log_alpha: Tensor, group: Tensor, x: Tensor) -> Tensor:
+        result = sampled_linear(x, None, base, w, log_alpha, group, how)
+        if between == "another pass":
+            sampled_linear(x, None, base, w, log_alpha, group, how._replace(seed=new_seed()))
+        elif between == "another layer":
+            sampled_linear(x, None, base, w, log_alpha, group, how._replace(seed=new_seed(), keep="other"))
+        elif between == "clearing":
+            how.scratch.clear()
+        return result
+
+    def plain(w: Tensor, log_alpha: Tensor, group: Tensor, x: Tensor) -> Tensor:
+        return functional.linear(x, plain_parameter(base, w, log_alpha, group, how))
+
+    actual = gradients(leaves, own, weight)
+    assert len(makings) == {"nothing": 1, "another pass": 3, "another layer": 2, "clearing": 2}[between]
+    assert_same(actual, gradients(leaves, plain, weight), rtol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_weight_that_backward_does_not_need_is_not_kept(makings):
+    leaves, how = make_leaves((5, 6), "cpu"), sample()._replace(keep="this")
+    sampled_linear(torch.randn(4, 6), None, torch.randn(5, 6), *leaves.values(), how).sum().backward()
+    assert len(makings) == 1
+    assert not how.scratch._claims
+
+
 def test_gates_that_moved_before_backward_are_noticed():
     leaves = make_leaves((8, 6), "cpu")
     output = sampled_linear(torch.randn(4, 6), None, torch.randn(8, 6), *leaves.values(), sample())
