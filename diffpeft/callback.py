@@ -14,9 +14,10 @@ from transformers.trainer_callback import ExportableState
 
 from diffpeft import resume
 from diffpeft.ddp import DDPFinder
+from diffpeft.gating import FIXMASK, GATING
 from diffpeft.in_backward import InBackward
 from diffpeft.logs import LEARNING_RATE
-from diffpeft.model import FIXMASK, GATING, DiffPruningModel
+from diffpeft.model import DiffPruningModel
 from diffpeft.sharding import check_launch
 
 logger = logging.getLogger(__name__)

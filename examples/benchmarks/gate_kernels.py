@@ -5,7 +5,8 @@
 
 Each chain of `diffpeft/kernels.py` runs over the linear layers of a MiniLM (1536 x 384 each), which together are larger than a
 CPU's caches; beside it a copy, which only moves memory, and AdamW's update. A step of gating samples each gate of a linear layer
-twice and takes its gradient once; it counts and moves every gate once, those of embeddings too.
+once and takes its diff's gradient once; it moves every gate and counts it, those of embeddings too, most of which have no gradient.
+"both gradients" and the move by a stored gradient take the place of two others where gradients of gates are stored.
 """
 
 import argparse
@@ -54,7 +55,9 @@ def main(words: list[str] | None = None) -> None:
     out, whole = torch.empty(SHAPE, device=options.device), torch.ones((), device=options.device)
     seed = parts(new_seed(), out.device)
     rule = torch.tensor([1e-7, 1e-3, 1e-3, 1.0, 1.0], device=options.device)
-    gates, moments = tensors(1.0, 1e-3, 4.0), tensors(4.0, 1e-7, 1e-7, 0.0)
+    gates, moments = tensors(1.0, 1e-3, 4.0), tensors(4.0, 1e-7, 1e-7, 1e-6, 1e-3)
+    for layer in moments:
+        layer[2].square_()  # second moments are not negative
     adam = [[layer[0], layer[1], *(torch.zeros_like(out) for _ in range(2))] for layer in tensors(1e-3, 1e-3)]
     count = [torch.ones((), device=options.device)]
 
@@ -64,18 +67,25 @@ def main(words: list[str] | None = None) -> None:
             lr=1e-6, beta1=0.9, beta2=0.999, weight_decay=0.0, eps=1e-8, amsgrad=False, maximize=False,
         )  # fmt: skip
 
-    chains = {
-        "copy": (8, over(gates, lambda base, w, log_alpha: out.copy_(base))),
-        "sample the weight": (
-            12,  # what it writes stays in a cache
-            over(gates, lambda b, w, a: kernels.effective(out, b, w, a, whole, seed, STRETCH, None, True)),
+    settings = whole, seed, STRETCH, None, True
+    chains = {  # bytes without those that stay in a cache
+        "copy": (8, over(gates, lambda b, w, a: out.copy_(b))),
+        "sample the weight": (12, over(gates, lambda b, w, a: kernels.effective(out, b, w, a, *settings))),
+        "gradient of the diff": (12, over(gates, lambda g, w, a: kernels.gradient(g, w, a, *settings))),
+        "both gradients": (16, over(gates, lambda g, w, a: kernels.gradients(g, w, a, *settings))),
+        "count": (4, over(moments, lambda a, *_: kernels.open_elements(a, STRETCH, True))),
+        "move without a gradient, and count": (
+            24,
+            over(moments, lambda a, m, v, g, w: kernels.automatic_idle_(a, m, v, STRETCH, rule, True)),
         ),
-        "both gradients": (
-            16,
-            over(gates, lambda g, w, a: kernels.gradients(g, w, a, whole, seed, STRETCH, None, True)),
+        "move by a stored gradient, and count": (
+            28,
+            over(moments, lambda a, m, v, g, w: kernels.automatic_(a, g, m, v, STRETCH, rule, True)),
         ),
-        "count": (4, over(moments, lambda a, g, m, v: kernels.open_elements(a, STRETCH, True))),
-        "move": (28, over(moments, lambda a, g, m, v: kernels.automatic_(a, g, m, v, rule, True))),
+        "move by the diff's gradient, and count": (
+            32,
+            over(moments, lambda *own: kernels.automatic_deferred_(*own, seed, STRETCH, rule, None, True)),
+        ),
         "AdamW": (28, over(adam, step)),
     }
     seconds = interleaved(
