@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,17 @@ from diffpeft.values import stored_size
 from diffpeft.walk import outer_modules
 
 GATING, FIXMASK = "gating", "fixmask"
+
+
+class _Opened(NamedTuple):
+    """How many gates of an adapter are open."""
+
+    moves: Any
+    """How often they had moved by then."""
+    elements: Tensor
+    """Sum of P(element open) of each group."""
+    expected: float
+    """The expected number of nonzeros."""
 
 
 class GatingPhase(Serving):
@@ -141,25 +152,29 @@ class GatingPhase(Serving):
     def expected_nonzeros(self, adapter_name: str | None = None) -> float:
         """Expected number of nonzeros of the diff: sum over elements of P(element open) P(group open)."""
         name = self._name(adapter_name)
-        groups = self._groups(name, with_gradient=False)
-        if not groups:
-            return float(self._count(name))
-        return expected_nonzeros(groups, self.peft_config[name].stretch, self._open_elements(name, groups))
+        return self._opened(name).expected if self.is_gated(name) else float(self._count(name))
 
-    def _open_elements(self, adapter_name: str, groups: Sequence[Group]) -> Tensor:
-        """Sum of P(element open) of each group: counted once for as long as no gate moves."""
-        moves = self._moves(adapter_name, groups)
-        counted: tuple[Any, Tensor] | None = self.__dict__.get("_opened")
-        if counted is None or counted[0] != moves:
-            stretch = self.peft_config[adapter_name].stretch
-            elements = open_elements(groups, stretch, self._is_fused(adapter_name))
-            counted = self.__dict__["_opened"] = moves, elements
-        return counted[1]
+    def _opened(self, adapter_name: str) -> _Opened:
+        """How many gates are open: counted once for as long as no gate moves."""
+        known: _Opened | None = self.__dict__.get("_last_opened")
+        if known is None or known.moves != self._moves(adapter_name):
+            groups, stretch = self._groups(adapter_name, with_gradient=False), self.peft_config[adapter_name].stretch
+            known = self._note_opened(
+                adapter_name, groups, open_elements(groups, stretch, self._is_fused(adapter_name))
+            )
+        return known
 
-    def _moves(self, adapter_name: str, groups: Sequence[Group]) -> Any:
+    def _note_opened(self, adapter_name: str, groups: Sequence[Group], elements: Tensor) -> _Opened:
+        expected = expected_nonzeros(groups, self.peft_config[adapter_name].stretch, elements)
+        known = self.__dict__["_last_opened"] = _Opened(self._moves(adapter_name), elements, expected)
+        return known
+
+    def _moves(self, adapter_name: str) -> Any:
         """Other than it was once any gate has moved."""
-        born = [layer.gates_born.get(adapter_name) for layer in self._layers(adapter_name)]
-        return born, [(g.elements.log_alpha._version, g.elements.log_alpha.data_ptr()) for g in groups]
+        layers = self._layers(adapter_name)
+        locations = [location for layer in layers for location in layer.gate_locations(adapter_name)]
+        born = [layer.gates_born.get(adapter_name) for layer in layers]
+        return adapter_name, born, [(location._version, location.data_ptr()) for location in locations]
 
     def expected_density(self, adapter_name: str | None = None) -> float:
         """Expected nonzeros as a share of all base parameters, adapted or not."""
@@ -268,18 +283,25 @@ class GatingPhase(Serving):
         l0_lambda, fused = math.nan, self._is_fused(name)
         if finite:
             if config.l0_lambda == "auto":
-                total, elements = self.num_base_parameters(), self._open_elements(name, groups)
-                expected = expected_nonzeros(groups, config.stretch, elements)
+                total, opened = self.num_base_parameters(), self._opened(name)
                 start = self._count(name) * float(
                     torch.sigmoid(gates.open_logit(torch.tensor(config.init_log_alpha), config.stretch))
                 )
                 target = config.target_density * total
                 wanted = gate_update.density_schedule(step, gating_steps, start, min(start, target))
                 pace = gate_update.automatic_pace(step, gating_steps, config.gate_learning_rate)
-                l0_lambda, moved = gate_update.automatic_step(
-                    groups, step, pace, config.stretch, expected, wanted, elements, fused, folded=config.low_memory
+                l0_lambda, elements = gate_update.automatic_step(
+                    groups,
+                    step,
+                    pace,
+                    config.stretch,
+                    opened.expected,
+                    wanted,
+                    opened.elements,
+                    fused,
+                    folded=config.low_memory,
                 )
-                self.__dict__["_opened"] = self._moves(name, groups), moved
+                self._note_opened(name, groups, elements)
             else:
                 pace, l0_lambda = config.gate_learning_rate or gate_update.PAPER_PACE, float(config.l0_lambda)
                 form = config.group_penalty

@@ -362,7 +362,7 @@ def test_the_count_after_an_update_is_that_of_counting(tiny_bert, batch, large):
     loss_of(model, batch()).backward()
     model.base_model.gate_step(5, 10)
     known = model.base_model.expected_density()
-    del model.base_model.__dict__["_opened"]
+    del model.base_model.__dict__["_last_opened"]
     assert model.base_model.expected_density() == known
 
 
