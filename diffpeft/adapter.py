@@ -337,7 +337,8 @@ class AdapterTensors(FixmaskTensors, Gating, BaseTunerLayer):
     def gate_locations(self, adapter_name: str) -> list[nn.Parameter]:
         """The locations of all gates, those of groups included."""
         containers = [getattr(self, attribute) for attribute in GATING_PARAMETERS[1:]]
-        return [p for container in containers if adapter_name in container for p in container[adapter_name].values()]
+        held = [container[adapter_name]._parameters for container in containers if adapter_name in container]
+        return [location for parameters in held for location in parameters.values()]
 
     def _tensor(self, attribute: str, adapter_name: str, name: str) -> Tensor:
         tensor: Tensor = getattr(self, attribute)[adapter_name][name]

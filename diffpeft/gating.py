@@ -90,7 +90,7 @@ class GatingPhase(Serving):
         name = self._name(adapter_name)
         return self.peft_config[name].gated and self.phase(name) == GATING
 
-    def _groups(self, adapter_name: str, with_gradient: bool = True) -> list[Group]:
+    def _groups(self, adapter_name: str, layers: Sequence[DiffPruningLayer], with_gradient: bool = True) -> list[Group]:
         """All gates; without gradients the locations stand in their place."""
 
         def gates_of(tensors: GateTensors) -> Gates:
@@ -104,12 +104,9 @@ class GatingPhase(Serving):
 
         return [
             Group(elements_of(layer, name, elements), whole and gates_of(whole))
-            for layer in self._layers(adapter_name)
+            for layer in layers
             for name, (elements, whole) in layer.gates(adapter_name).items()
         ]
-
-    def _is_fused(self, adapter_name: str) -> bool:
-        return any(layer.fused for layer in self._layers(adapter_name))
 
     def l0_penalty(self, adapter_name: str | None = None) -> Tensor:
         """The expected number of nonzeros, before lambda; a differentiable scalar (arXiv 2012.07463, equations 4, 6).
@@ -152,29 +149,23 @@ class GatingPhase(Serving):
     def expected_nonzeros(self, adapter_name: str | None = None) -> float:
         """Expected number of nonzeros of the diff: sum over elements of P(element open) P(group open)."""
         name = self._name(adapter_name)
-        return self._opened(name).expected if self.is_gated(name) else float(self._count(name))
+        return self._opened(name, self._layers(name)).expected if self.is_gated(name) else float(self._count(name))
 
-    def _opened(self, adapter_name: str) -> _Opened:
+    def _opened(self, adapter_name: str, layers: Sequence[DiffPruningLayer]) -> _Opened:
         """How many gates are open: counted once for as long as no gate moves."""
         known: _Opened | None = self.__dict__.get("_last_opened")
-        if known is None or known.moves != self._moves(adapter_name):
-            groups, stretch = self._groups(adapter_name, with_gradient=False), self.peft_config[adapter_name].stretch
-            known = self._note_opened(
-                adapter_name, groups, open_elements(groups, stretch, self._is_fused(adapter_name))
-            )
+        if known is None or known.moves != _moves(adapter_name, layers):
+            groups = self._groups(adapter_name, layers, with_gradient=False)
+            stretch, fused = self.peft_config[adapter_name].stretch, any(layer.fused for layer in layers)
+            known = self._note_opened(adapter_name, layers, groups, open_elements(groups, stretch, fused))
         return known
 
-    def _note_opened(self, adapter_name: str, groups: Sequence[Group], elements: Tensor) -> _Opened:
+    def _note_opened(
+        self, adapter_name: str, layers: Sequence[DiffPruningLayer], groups: Sequence[Group], elements: Tensor
+    ) -> _Opened:
         expected = expected_nonzeros(groups, self.peft_config[adapter_name].stretch, elements)
-        known = self.__dict__["_last_opened"] = _Opened(self._moves(adapter_name), elements, expected)
+        known = self.__dict__["_last_opened"] = _Opened(_moves(adapter_name, layers), elements, expected)
         return known
-
-    def _moves(self, adapter_name: str) -> Any:
-        """Other than it was once any gate has moved."""
-        layers = self._layers(adapter_name)
-        locations = [location for layer in layers for location in layer.gate_locations(adapter_name)]
-        born = [layer.gates_born.get(adapter_name) for layer in layers]
-        return adapter_name, born, [(location._version, location.data_ptr()) for location in locations]
 
     def expected_density(self, adapter_name: str | None = None) -> float:
         """Expected nonzeros as a share of all base parameters, adapted or not."""
@@ -276,15 +267,16 @@ class GatingPhase(Serving):
         layers = self._layers(name)
         check_whole((location for layer in layers for location in layer.gate_locations(name)), "gate_step")
         finished = [layer.finish_update(name) for layer in layers] if config.low_memory else []
-        groups = self._groups(name)
+        groups = self._groups(name, layers)
         sums = [one.grad.sum() for group in groups if isinstance(one := group.elements, Gates)]
         sums += [one.probe() for group in groups if isinstance(one := group.elements, DeferredGates)]
         finite = all(finished) and (not sums or bool(torch.stack(sums).sum().isfinite()))
-        l0_lambda, fused = math.nan, self._is_fused(name)
+        l0_lambda, fused = math.nan, any(layer.fused for layer in layers)
         if finite:
             if config.l0_lambda == "auto":
-                total, opened = self.num_base_parameters(), self._opened(name)
-                start = self._count(name) * float(
+                total, opened = self.num_base_parameters(), self._opened(name, layers)
+                count = sum(shape.numel() for layer in layers for shape in layer.shapes.values())
+                start = count * float(
                     torch.sigmoid(gates.open_logit(torch.tensor(config.init_log_alpha), config.stretch))
                 )
                 target = config.target_density * total
@@ -301,12 +293,19 @@ class GatingPhase(Serving):
                     fused,
                     folded=config.low_memory,
                 )
-                self._note_opened(name, groups, elements)
+                self._note_opened(name, layers, groups, elements)
             else:
                 pace, l0_lambda = config.gate_learning_rate or gate_update.PAPER_PACE, float(config.l0_lambda)
                 form = config.group_penalty
                 gate_update.fixed_lambda_step(groups, l0_lambda, step, pace, config.stretch, form, fused=fused)
-        for layer in self._layers(name):
+        for layer in layers:
             for log_alpha in layer.gate_locations(name):
                 log_alpha.grad = None
         return l0_lambda
+
+
+def _moves(adapter_name: str, layers: Sequence[DiffPruningLayer]) -> Any:
+    """Other than it was once any gate has moved."""
+    locations = [location for layer in layers for location in layer.gate_locations(adapter_name)]
+    born = [layer.gates_born.get(adapter_name) for layer in layers]
+    return adapter_name, born, [(location._version, location.data_ptr()) for location in locations]
