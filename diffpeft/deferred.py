@@ -86,7 +86,9 @@ class Deferral:
 
     def __init__(self, w: nn.Parameter, log_alpha: nn.Parameter, stretch: Stretch) -> None:
         self._w, self._log_alpha, self._stretch = weakref.ref(w), weakref.ref(log_alpha), stretch
-        self._uses, self._removed = 0, False
+        self._ahead: weakref.WeakSet[Any] = weakref.WeakSet()
+        """Uses whose backward pass may come, for as long as their graph lives."""
+        self._removed = False
         self._held: _Held | None = None
         self._hook: Any = w.register_hook(self._arrives)  # type: ignore[no-untyped-call]
 
@@ -100,16 +102,16 @@ class Deferral:
         """Whether it sees these, and both train."""
         return self._w() is w and self._log_alpha() is log_alpha and w.requires_grad and log_alpha.requires_grad
 
-    def begin_use(self) -> None:
-        """Note that a forward pass uses the parameter."""
-        if torch.is_grad_enabled():
-            self.store()
-            self._uses += 1
+    def begin_use(self, use: object) -> None:
+        """Note that a forward pass uses the parameter; `use` is something that its graph keeps alive."""
+        self.store()
+        self._ahead.add(use)
 
-    def applies(self) -> bool:
-        """Whether the backward pass may leave a gradient out: that of the one use since the last update, in one process."""
+    def applies(self, use: object) -> bool:
+        """Whether the backward pass of a use, which comes now, may leave a gradient out: no other is ahead, in one process."""
+        alone = len(self._ahead) == 1 and use in self._ahead and self._held is None and not self._removed
+        self._ahead.discard(use)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        alone = self._uses == 1 and self._held is None and not self._removed
         return alone and not (distributed and torch.distributed.get_world_size() > 1)
 
     def hold(self, by_w: Tensor, seed: Tensor, rows: Tensor | None, total: Tensor) -> None:
@@ -145,7 +147,7 @@ class Deferral:
             self._store(held._replace(by_w=w.grad))
 
     def finish(self, label: str, exp_avg: Tensor, exp_avg_sq: Tensor) -> DeferredGates | None:
-        """The gates for an update, which begins the next one; None where gradients are stored.
+        """The gates for an update; None where gradients are stored.
 
         Args:
             label: the parameter's name.
@@ -155,7 +157,6 @@ class Deferral:
         Raises:
             ValueError: w has changed since the backward pass.
         """
-        self._uses = 0
         w, log_alpha = self._parameters()
         if self._held is not None and log_alpha.grad is not None:  # from elsewhere, like a penalty of one's own
             self.store()

@@ -129,9 +129,6 @@ class DiffPruningLayer(Mergeable):
         """How a parameter's gates are sampled in this pass."""
         config, key = self.configs[adapter_name], (self.key, adapter_name, name)
         keep = not config.low_memory and not torch.compiler.is_compiling() and not may_be_replayed()
-        deferral = self.deferral_of(adapter_name, name)
-        if deferral is not None:
-            deferral.begin_use()
         return Sample(
             self.noise.seed(key),
             config.stretch,
@@ -139,7 +136,7 @@ class DiffPruningLayer(Mergeable):
             self.noise.scratch,
             self.folding(adapter_name, name),
             key if keep else None,
-            deferral,
+            self.deferral_of(adapter_name, name),
         )
 
     def changes_any(self, adapter_name: str) -> bool:

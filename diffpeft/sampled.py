@@ -48,6 +48,8 @@ class _Gates:
         self.sample, self.seed = sample, parts(sample.seed, w.device)
         self.group_s: Tensor | None = None
         self.claim: object | None = None
+        if sample.deferral is not None and any(ctx.needs_input_grad):
+            sample.deferral.begin_use(self)
         if group_log_alpha is None:
             self.whole = w.new_ones(())
         else:
@@ -98,7 +100,7 @@ class _Gates:
         stretch, fused, fold, deferral = sample.stretch, sample.fused, sample.fold, sample.deferral
         own, own_log_alpha = (part if rows is None else part.index_select(0, rows) for part in (w, log_alpha))
         gates = self.whole, self.seed, stretch, rows, fused
-        if deferral is not None and deferral.applies():
+        if deferral is not None and deferral.applies(self):
             by_w, total = kernels.gradient(grad, own, own_log_alpha, *gates)
             by_w = _spread(by_w, w, rows)
             deferral.hold(by_w, self.seed, rows, total)

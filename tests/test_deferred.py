@@ -258,6 +258,24 @@ def without_a_backward_pass_before(model, batch):
     loss_of(model, batch()).backward()
 
 
+def beside_one_that_is_kept(model, batch):
+    model.kept = loss_of(model, batch(seed=3))
+    loss_of(model, batch()).backward()
+
+
+def after_one_that_is_kept(model, batch):
+    model.kept = loss_of(model, batch(seed=3))
+    model.kept.backward()
+    model.zero_grad()
+    loss_of(model, batch()).backward()
+
+
+def in_turns(model, batch):
+    first, second = loss_of(model, batch(seed=1), 1), loss_of(model, batch(seed=2), 2)
+    second.backward()
+    first.backward()
+
+
 def after_an_evaluation(model, batch):
     with torch.no_grad():
         loss_of(model, batch(seed=3))
@@ -296,6 +314,9 @@ def checkpointed_reentrantly(model, batch):
         onto_zeros,
         after_one_that_was_dropped,
         without_a_backward_pass_before,
+        beside_one_that_is_kept,
+        after_one_that_is_kept,
+        in_turns,
         after_an_evaluation,
         with_deterministic_gates_too,
         checkpointed,
@@ -308,6 +329,13 @@ def test_whatever_else_gives_a_diff_its_gradient_the_gates_get_theirs(tiny_bert,
     for model in (plain, own):
         way(model, batch)
     assert_same_gradients(own, plain)
+
+
+@pytest.mark.parametrize("way", [without_a_backward_pass_before, after_one_that_is_kept], ids=lambda way: way.__name__)
+def test_passes_that_are_over_do_not_count(tiny_bert, batch, large, way):
+    model = deferring(tiny_bert())
+    way(model, batch)
+    assert len(left_out(model, large)[0]) == 15
 
 
 def scale_gradients(model, factor):
