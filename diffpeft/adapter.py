@@ -277,7 +277,7 @@ class AdapterTensors(FixmaskTensors, Gating, BaseTunerLayer):
                 self._remember(adapter_name, name, packed, where.clone())
 
     def _clear(self, adapter_name: str) -> None:
-        self.store_gradients(adapter_name)
+        self.store_gradients(adapter_name, lost=True)
         for attribute in self._all_names():
             container: Any = getattr(self, attribute)
             if adapter_name in container:
@@ -287,7 +287,7 @@ class AdapterTensors(FixmaskTensors, Gating, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove the adapter's tensors (PEFT's hook)."""
-        self.store_gradients(adapter_name)
+        self.store_gradients(adapter_name, lost=True)
         super().delete_adapter(adapter_name)
         self.configs.pop(adapter_name, None)
         self._trained.discard(adapter_name)

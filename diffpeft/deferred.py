@@ -31,8 +31,8 @@ class _Held(NamedTuple):
     """int64: which rows of w the gradient is in, each once; None: in all."""
     total: Tensor
     """Sum of gradient z w, shape (): finite if all of the gradient is."""
-    version: int
-    """Of w."""
+    versions: tuple[int, int]
+    """Of w and of the locations."""
 
 
 class DeferredGates(NamedTuple):
@@ -79,13 +79,15 @@ class Deferral:
     """Sees to it that the gates of one parameter need no gradient of their own.
 
     Args:
-        w: the dense diff, which must not be put in another's place.
+        label: the parameter's name.
+        w: the dense diff.
         log_alpha: locations of the gates.
         stretch: (l, r).
     """
 
-    def __init__(self, w: nn.Parameter, log_alpha: nn.Parameter, stretch: Stretch) -> None:
-        self._w, self._log_alpha, self._stretch = weakref.ref(w), weakref.ref(log_alpha), stretch
+    def __init__(self, label: str, w: nn.Parameter, log_alpha: nn.Parameter, stretch: Stretch) -> None:
+        self._label, self._stretch = label, stretch
+        self._w, self._log_alpha = weakref.ref(w), weakref.ref(log_alpha)
         self._ahead: weakref.WeakSet[Any] = weakref.WeakSet()
         """Uses whose backward pass may come, for as long as their graph lives."""
         self._removed = False
@@ -93,10 +95,9 @@ class Deferral:
         self._hook: Any = w.register_hook(self._arrives)  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
-        """Store gradients again, the one that is held too, and those of passes that have begun."""
-        self.store()
+        """Store gradients again, those of passes that have begun too. What is held is lost unless it is stored before."""
         self._hook.remove()
-        self._removed = True
+        self._held, self._removed = None, True
 
     def is_of(self, w: Tensor, log_alpha: Tensor) -> bool:
         """Whether it sees these, and both train."""
@@ -116,8 +117,9 @@ class Deferral:
 
     def hold(self, by_w: Tensor, seed: Tensor, rows: Tensor | None, total: Tensor) -> None:
         """Take over: the gradient of w is about to be given to autograd."""
+        w, log_alpha = self._parameters()
         # A second name for its memory has autograd add nothing to it in place.
-        self._held = _Held(by_w.detach(), seed, rows, total, self._parameters()[0]._version)
+        self._held = _Held(by_w.detach(), seed, rows, total, (w._version, log_alpha._version))
 
     def _parameters(self) -> tuple[Tensor, Tensor]:
         w, log_alpha = self._w(), self._log_alpha()
@@ -136,39 +138,42 @@ class Deferral:
     def _store(self, held: _Held) -> None:
         w, log_alpha = self._parameters()
         self._held = None
+        self._check(held)
         grad = kernels.deferred_gradient(held.by_w, w.detach(), log_alpha.detach(), held.seed, self._stretch)
         log_alpha.grad = grad if log_alpha.grad is None else log_alpha.grad.add_(grad)
 
-    def store(self) -> None:
-        """Store the gradient that is held, if there is one still."""
+    def _take(self) -> _Held | None:
+        """What is held, if it is a gradient still, with what has been made of it since."""
         held, self._held = self._held, None
         w = self._w()
-        if held is not None and w is not None and w.grad is not None:
-            self._store(held._replace(by_w=w.grad))
-
-    def finish(self, label: str, exp_avg: Tensor, exp_avg_sq: Tensor) -> DeferredGates | None:
-        """The gates for an update; None where gradients are stored.
-
-        Args:
-            label: the parameter's name.
-            exp_avg: the moments of the gates' gradients.
-            exp_avg_sq: the same.
-
-        Raises:
-            ValueError: w has changed since the backward pass.
-        """
-        w, log_alpha = self._parameters()
-        if self._held is not None and log_alpha.grad is not None:  # from elsewhere, like a penalty of one's own
-            self.store()
-        held, self._held = self._held, None
-        if held is None or w.grad is None:
+        if held is None or w is None or w.grad is None:
             return None
-        if held.version != w._version:
+        self._check(held)
+        return held._replace(by_w=w.grad)
+
+    def _check(self, held: _Held) -> None:
+        w, log_alpha = self._parameters()
+        if held.versions != (w._version, log_alpha._version):
             raise ValueError(
-                f"the diff of {label} has changed since the backward pass, and the gradient of its gates cannot be made any more; "
-                "call gate_step before optimizer.step(), or defer_gate_gradients(False) before training"
+                f"the diff of {self._label} or its gates have changed since the backward pass, and the gradient of the gates cannot "
+                "be made any more; call gate_step before optimizer.step(), or defer_gate_gradients(False) before training"
             )
-        own = log_alpha.detach(), exp_avg, exp_avg_sq, w.detach(), w.grad
+
+    def store(self) -> None:
+        """Store the gradient that is held, if there is one. Raises ValueError if w or the gates have changed since."""
+        held = self._take()
+        if held is not None:
+            self._store(held)
+
+    def finish(self, exp_avg: Tensor, exp_avg_sq: Tensor) -> DeferredGates | None:
+        """The gates for an update, with the moments of their gradients; None where gradients are stored. Raises as [`store`]."""
+        w, log_alpha = self._parameters()
+        if log_alpha.grad is not None:  # from elsewhere, like a penalty of one's own
+            self.store()
+        held = self._take()
+        if held is None:
+            return None
+        own = log_alpha.detach(), exp_avg, exp_avg_sq, w.detach(), held.by_w
         return DeferredGates(*own, held.seed, held.rows, held.total, self._stretch)
 
 

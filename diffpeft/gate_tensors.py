@@ -131,12 +131,17 @@ class Gating:
             if isinstance(element, GateTensors) and w.numel() > SMALL:
                 own = self.deferrals.get((adapter_name, name))
                 if own is None or not own.is_of(w, element.log_alpha):
-                    self.deferrals[adapter_name, name] = Deferral(w, element.log_alpha, stretch)
+                    self.deferrals[adapter_name, name] = Deferral(
+                        self.parameter_key(name), w, element.log_alpha, stretch
+                    )
 
-    def store_gradients(self, adapter_name: str) -> None:
-        """Undo [`defer_gradients`]."""
+    def store_gradients(self, adapter_name: str, lost: bool = False) -> None:
+        """Undo [`defer_gradients`]; `lost` says that the adapter's gates go, and with them gradients that are not stored yet."""
         for key in [key for key in self.deferrals if key[0] == adapter_name]:
-            self.deferrals.pop(key).remove()
+            deferral = self.deferrals.pop(key)
+            if not lost:
+                deferral.store()
+            deferral.remove()
 
     def deferral_of(self, adapter_name: str, name: str) -> Deferral | None:
         """What defers the gradient of a parameter's gates in a pass that begins now."""
@@ -151,7 +156,7 @@ class Gating:
         found = self.deferrals.get((adapter_name, name))
         if found is None:
             return None
-        return found.finish(self.parameter_key(name), *self._buffers_of(MOMENTS, adapter_name, name))
+        return found.finish(*self._buffers_of(MOMENTS, adapter_name, name))
 
     def folding(self, adapter_name: str, name: str) -> Fold | None:
         """What takes the gradient of lean gates in the backward pass; None for other gates, and for those that do not train."""
