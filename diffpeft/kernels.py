@@ -53,6 +53,12 @@ def _effective(
     out.copy_(stretch_and_clamp(s, stretch) * (w * whole) + base)
 
 
+def _by_diff(by_w: Tensor, grad: Tensor, w: Tensor, s: Tensor, whole: Tensor, stretch: Stretch) -> Tensor:
+    z = stretch_and_clamp(s, stretch)
+    by_w.copy_(z * (grad * whole))
+    return (z * w * grad).sum()
+
+
 def _gradients(
     by_w: Tensor,
     by_log_alpha: Tensor,
@@ -65,12 +71,9 @@ def _gradients(
     stretch: Stretch,
     rows: Tensor | None,
 ) -> Tensor:
-    s = binary_concrete(log_alpha, uniform(seed, _places(w, start, rows)))
-    z, grad = stretch_and_clamp(s, stretch), grad.float()
-    by_delta = grad * whole
-    by_w.copy_(z * by_delta)
-    by_log_alpha.copy_(gate_slope(s, stretch) * (w * by_delta))
-    return (z * w * grad).sum()
+    s, grad = binary_concrete(log_alpha, uniform(seed, _places(w, start, rows))), grad.float()
+    by_log_alpha.copy_(gate_slope(s, stretch) * (w * (grad * whole)))
+    return _by_diff(by_w, grad, w, s, whole, stretch)
 
 
 def _gradient(
@@ -84,10 +87,8 @@ def _gradient(
     stretch: Stretch,
     rows: Tensor | None,
 ) -> Tensor:
-    z = stretch_and_clamp(binary_concrete(log_alpha, uniform(seed, _places(w, start, rows))), stretch)
-    grad = grad.float()
-    by_w.copy_(z * (grad * whole))
-    return (z * w * grad).sum()
+    s = binary_concrete(log_alpha, uniform(seed, _places(w, start, rows)))
+    return _by_diff(by_w, grad.float(), w, s, whole, stretch)
 
 
 def _by_location(by_w: Tensor, w: Tensor, log_alpha: Tensor, places: Tensor, seed: Tensor, stretch: Stretch) -> Tensor:

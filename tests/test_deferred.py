@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from gating_models import make
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -95,22 +96,6 @@ def test_gates_at_either_end_give_no_gradient_that_is_not_finite(seed, spread, s
 # Models
 
 
-def make(base, **config):
-    """A model in gating, its diff not nought and its gates spread; the same for the same base."""
-    model = get_peft_model(base, DiffPruningConfig(**{"target_density": 0.02, **config}))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "diffpruning_w." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-            if "log_alpha" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) + (8 if "group" in name else 1))
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model.train()
-
-
 @pytest.fixture
 def large(monkeypatch):
     """How many elements a parameter of these tests has for its gates' gradient to be deferred."""
@@ -186,7 +171,7 @@ def test_a_backward_pass_stores_none_and_they_can_be_had(tiny_bert, batch, large
 
 
 def test_convolutions_in_another_layout(large):
-    plain, own = make(Convolutions()), deferring(Convolutions())
+    plain, own = (kind(Convolutions(), task_type=None) for kind in (make, deferring))
     for model in (plain, own):
         loss_of(model, {}).backward()
     without, those = left_out(own, large)

@@ -5,29 +5,13 @@ import math
 import pytest
 import torch
 from accelerate.state import GradientState
-from peft import PeftModel, get_peft_model
+from gating_models import make
+from peft import PeftModel
 from transformers import AlbertConfig, AlbertForSequenceClassification, BertConfig, BertForSequenceClassification
 
-from diffpeft import DiffPruningConfig, gates
+from diffpeft import gates
 from diffpeft.kernels import BETAS
 from diffpeft.lean import LeanGates
-
-
-def make(base, **config):
-    """A model in gating, its diff not nought and its gates spread; the same for the same base."""
-    model = get_peft_model(base, DiffPruningConfig(**{"task_type": "SEQ_CLS", "target_density": 0.02, **config}))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "diffpruning_w." in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-            if "log_alpha" in name:
-                mean = 8 if "group_log_alpha" in name else 1  # of groups that are shut nothing has a gradient
-                parameter.copy_((torch.randn(parameter.shape, generator=generator) + mean).to(torch.float16))
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model.train()
 
 
 def lean_model(base, optimizer=True, **config):
