@@ -98,7 +98,7 @@ class NoisePass:
 
     def __init__(self) -> None:
         self.scratch = Scratch()
-        """For what the layers of the model, one after the other, need while they run."""
+        """For what the layers of the model need while they run, and for weights that stay until backward."""
         self.model: nn.Module | None = None
         """The model, while a pass of it runs."""
         self.made: dict[Hashable, Tensor] | None = None

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 class Scratch:
-    """Memory on a CPU for what lives as long as one module runs, used again for the next: fresh pages cost more than the
-    arithmetic that fills them. A GPU's allocator keeps its own."""
+    """Memory on a CPU for what lives as long as one module runs, used again for the next, or from forward to backward, used again
+    by the next pass: fresh pages cost more than the arithmetic that fills them. A GPU's allocator keeps its own."""
 
     _buffers: dict[tuple[Hashable, torch.dtype], Tensor] | None = None
     _claims: dict[Hashable, object] | None = None
