@@ -133,11 +133,12 @@ class AdapterTensors(FixmaskTensors, Gating, BaseTunerLayer):
                 self._trained = set() if inference_mode else set(names)
             return
         for attribute in self.adapter_layer_names:
-            for adapter_name, tensors in getattr(self, attribute).items():
+            held = self._modules.get(attribute)
+            for adapter_name, tensors in held._modules.items() if held is not None else ():
                 trains = adapter_name in names and not inference_mode
-                for parameter in tensors._parameters.values():
+                for parameter in tensors._parameters.values():  # type: ignore[union-attr]
                     if parameter is not None and parameter.requires_grad is not trains and parameter.is_leaf:
-                        parameter.requires_grad_(trains)
+                        parameter.requires_grad = trains
         self._active_adapter = names
 
     def is_offloaded(self) -> bool:

@@ -38,17 +38,12 @@ def sparse_parameter(base: Tensor, values: Tensor, positions: Tensor) -> Tensor:
 def add_(target: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     """Add `values` at flat `positions` of `target` in place and return what stood there.
 
-    Writing the returned tensor back with [`restore_`] is exact to the bit, which subtracting is not. The sum is rounded
+    Writing the returned tensor back with [`put_`] is exact to the bit, which subtracting is not. The sum is rounded
     once, from the wider of the two dtypes, so that merged and unmerged models agree bit for bit.
     """
     old = take(target, positions)
-    _write(target, (old + values).to(target.dtype), positions)
+    put_(target, old + values, positions)
     return old
-
-
-def restore_(target: Tensor, old: Tensor, positions: Tensor) -> None:
-    """Undo [`add_`]."""
-    _write(target, old, positions)
 
 
 def take(target: Tensor, positions: Tensor) -> Tensor:
@@ -56,8 +51,10 @@ def take(target: Tensor, positions: Tensor) -> Tensor:
     return target.view(-1).index_select(0, positions) if target.is_contiguous() else torch.take(target, positions)
 
 
-def _write(target: Tensor, values: Tensor, positions: Tensor) -> None:
-    """`target.put_(positions, values)`, which has no deterministic form, for positions that occur once."""
+def put_(target: Tensor, values: Tensor, positions: Tensor) -> None:
+    """`target.put_(positions, values)`, which has no deterministic form, for positions that occur once, with values of any dtype."""
+    if values.dtype != target.dtype:
+        values = values.to(target.dtype)
     if target.is_contiguous():
         write_(target.view(-1), values, positions)
     else:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from diffpeft import checkpoint
 from diffpeft.combine import Diff
-from diffpeft.diff import add_, restore_
+from diffpeft.diff import add_, put_
 from diffpeft.export_coo import check_diff, check_int32
 
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", ".git", ".cache")
@@ -192,4 +192,4 @@ def _write_model(model: PreTrainedModel, diff: Diff, scratch: Path, heads: Mappi
         for name, head in whole.items():
             tensors[name].data.copy_(head)
         for data, values, where in reversed(old):
-            restore_(data, values, where)
+            put_(data, values, where)

@@ -1,26 +1,25 @@
-"""How the tuner gets into a model and out of it: wrapping modules, and unwrapping them merged or plain."""
+"""How the tuner gets into a model: finding and wrapping the modules that a config names."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils import TaskType
-from peft.utils.constants import EMBEDDING_LAYER_NAMES, SEQ_CLS_HEAD_NAMES
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_adapter
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from diffpeft import fingerprint, loading, values
-from diffpeft.adapter import POSITIONS, VALUES, own_shapes
+from diffpeft import fingerprint, loading
+from diffpeft.adapter import own_shapes
 from diffpeft.config import DiffPruningConfig
 from diffpeft.head import FileCheck, fresh_head
 from diffpeft.kernels import WORTH_FUSING
@@ -28,12 +27,12 @@ from diffpeft.layer import DiffPruningLayer
 from diffpeft.noise import NoisePass
 from diffpeft.output import OutputLayer
 from diffpeft.root import RootParameters
-from diffpeft.sharding import check_whole, is_sharded
+from diffpeft.sharding import check_whole
 from diffpeft.walk import layers_in, outer_modules
 
 
 class Injection(BaseTuner):
-    """PEFT's hooks of [`DiffPruningModel`]: wrapping and unwrapping modules, merging, loading."""
+    """PEFT's hooks of [`DiffPruningModel`] for wrapping modules."""
 
     prefix: str = "diffpruning_"
     tuner_layer_cls = DiffPruningLayer
@@ -295,156 +294,6 @@ class Injection(BaseTuner):
                 module.eval()
         return self
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make one adapter or several the active ones, whose diffs add (PEFT's hook). Raises ValueError for others."""
-        self._check_names([adapter_name] if isinstance(adapter_name, str) else adapter_name)
-        layers = self.all_layers()
-        if any(layer.merged_adapters for layer in layers):
-            super().set_adapter(adapter_name, inference_mode)  # warns and unmerges
-            return
-        # As PEFT's own loops, which look into the containers of adapters' tensors too.
-        for _, module in outer_modules(self.model):
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                _set_adapter(module, adapter_name, inference_mode=inference_mode)
-        for layer in layers:
-            layer.set_adapter(adapter_name, inference_mode=inference_mode)
-        self.active_adapter = adapter_name
-
-    def _check_names(self, names: Iterable[str]) -> None:
-        unknown = sorted(set(names) - self.peft_config.keys())
-        if unknown:
-            raise ValueError(f"there is no adapter {unknown}; there are {sorted(self.peft_config)}")
-
-    # Merging and unwrapping
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Write diffs into the base parameters, k writes a parameter, in all layers or in none.
-
-        Args:
-            adapter_names: the adapters, by default the active ones.
-            safe_merge: raise ValueError where the result would not be finite.
-        """
-        self._check_names(adapter_names or [])
-        before = [(layer, len(layer.merged_adapters)) for layer in self.all_layers()]
-        try:
-            for layer, _ in before:
-                with _onloaded(layer):
-                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        except ValueError:
-            for layer, merged in before:
-                layer.unmerge(keep=merged)
-            raise
-
-    def unmerge_adapter(self) -> None:
-        """Restore the base parameters, to the bit, of all merged adapters."""
-        for layer in self.all_layers():
-            with _onloaded(layer):
-                layer.unmerge()
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        """PEFT's hook behind `unload` and `merge_and_unload`, which by itself leaves wrapped modules inside others."""
-        if merge:
-            self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        else:
-            self.unmerge_adapter()
-        if merge and adapter_names is not None:
-            self._choose_heads(adapter_names)
-        wrapped = [(parent, n, m) for _, parent in outer_modules(self.model) for n, m in parent._modules.items()]
-        for parent, name, layer in tqdm(wrapped, disable=not progressbar, desc="Unloading"):
-            if isinstance(layer, DiffPruningLayer):
-                layer.noise.unwatch(self.model)
-                if isinstance(layer, RootParameters):
-                    layer.unwatch()
-                    delattr(parent, name)
-                else:
-                    setattr(parent, name, layer.base_layer)
-        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        return model
-
-    def _check_merge_allowed(self) -> None:
-        """PEFT's hook, which warns of tied weights: here they have one diff. Layers refuse what cannot be merged."""
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """PEFT's hook, which expects a weight: heads that are unwrapped may be modules of any kind."""
-        setattr(parent, child_name, new_module)
-
-    def _choose_heads(self, adapter_names: list[str]) -> None:
-        """Have the heads of the adapters that are merged stay, not those of the active one."""
-        wrappers = [(parent, n, m) for parent in self.model.modules() for n, m in parent._modules.items()]
-        for parent, name, head in wrappers:
-            if isinstance(head, ModulesToSaveWrapper):
-                mine = [adapter for adapter in adapter_names if adapter in head.modules_to_save]
-                if len(mine) > 1:
-                    raise ValueError(f"{mine} have a head {name!r} each, and one can stay; merge one of them")
-                setattr(parent, name, head.modules_to_save[mine[0]] if mine else head.original_module)
-
-    # Saving and loading
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: DiffPruningConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        """What goes into the file (PEFT's hook): values in the config's dtype, positions with their seal."""
-        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
-        layers = {
-            n: m for n, m in model.named_modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)
-        }
-        kept = {}
-        for module, layer in layers.items():
-            for name in layer.nnz(adapter_name) or {}:
-                keys = tuple(f"{module}.{kind}.{adapter_name}.{name}" for kind in (VALUES, POSITIONS))
-                if all(key in tensors for key in keys):
-                    # What was just opened is not yet what the state dict has; what is sharded is whole there alone.
-                    mine = layer.kept_values(adapter_name, name)
-                    kept[layer, name, keys] = tensors[keys[0]] if is_sharded(mine) else mine
-        if not all(values.fit(tensor, config.value_dtype) for tensor in kept.values()):
-            config.value_dtype = "float32"  # they have trained since they were cast
-            for layer in layers.values():
-                layer.configs[adapter_name] = config
-        targets = config.target_modules if isinstance(config.target_modules, (list, set)) else []
-        if any(layer.merged for layer in layers.values()) and any(
-            target.rsplit(".", 1)[-1] in EMBEDDING_LAYER_NAMES for target in targets
-        ):
-            raise ValueError(
-                f"PEFT saves the whole embeddings beside the diff where target_modules names them, {sorted(targets)}, and "
-                "they hold the diff already while it is merged; call unmerge_adapter() first"
-            )
-        for (layer, name, keys), tensor in kept.items():
-            tensors.update(zip(keys, layer.stored(adapter_name, name, tensor), strict=True))
-        return tensors
-
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: DiffPruningConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Bring the adapter into the file's phase and shapes, which loading into an adapter that exists does not."""
-        layers = {
-            name: layer
-            for name, layer in outer_modules(model)
-            if isinstance(layer, DiffPruningLayer) and layer.has_adapter(adapter_name)
-        }
-        state_dict = loading.adopt(list(layers.values()), config, adapter_name, state_dict)
-        own = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.tensors(adapter_name)}
-        state_dict = loading.rename(state_dict, {cls._remove_adapter_name_from_key(key, adapter_name) for key in own})
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        loading.check_complete(own, adapter_name, remapped)
-        return remapped
-
 
 @contextmanager
 def _no_garbage() -> Iterator[None]:
@@ -456,12 +305,6 @@ def _no_garbage() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _onloaded(layer: DiffPruningLayer) -> AbstractContextManager[Any]:
-    """Within, the layer's parameters are on a device."""
-    hooked = "_hf_hook" in layer.base_layer.__dict__  # at no cost where nothing is hooked
-    return onload_layer(layer) if hooked and layer.is_offloaded() else nullcontext()
 
 
 def _owners(layer: DiffPruningLayer) -> dict[int, tuple[DiffPruningLayer, str]]:

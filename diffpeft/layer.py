@@ -341,6 +341,9 @@ class DiffPruningLayer(Mergeable):
 
     def __getattr__(self, name: str) -> Any:
         """What the wrapper lacks is the wrapped module's; its parameters are read as the adapters change them."""
+        modules = self.__dict__.get("_modules", ())
+        if name in modules:  # nearly always, and in a fraction of the time
+            return modules[name]
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from diffpeft.adapter import AdapterTensors
-from diffpeft.diff import add_, restore_
+from diffpeft.diff import put_, take
 from diffpeft.sharding import check_whole
 
 
@@ -55,17 +55,17 @@ class Mergeable(AdapterTensors):
             if adapter_name not in self.configs:
                 continue
             self._check_mergeable(adapter_name)
-            done: list[_Merge] = []
-            for merge in self._merge_one(adapter_name):
-                done.append(merge)
-                if safe_merge and not self._is_finite(merge):
-                    self._revert(done)
-                    raise ValueError(
-                        f"merging adapter {adapter_name!r} would make {self.parameter_key(merge.parameter_name)} NaN "
-                        "or infinite; the adapter seems to be broken"
-                    )
-            self._merges.extend(done)
             self.merged_adapters.append(adapter_name)
+            try:
+                for merge in self._merge_one(adapter_name):
+                    if safe_merge and not self._is_finite(merge):
+                        raise ValueError(
+                            f"merging adapter {adapter_name!r} would make {self.parameter_key(merge.parameter_name)} NaN "
+                            "or infinite; the adapter seems to be broken"
+                        )
+            except BaseException:
+                self.unmerge(keep=len(self.merged_adapters) - 1)
+                raise
 
     def _check_mergeable(self, adapter_name: str) -> None:
         for name in self.shapes if self.shared_with or self.tied_layers else ():
@@ -82,46 +82,44 @@ class Mergeable(AdapterTensors):
                 f"{self.key} is quantised: merging adapter {adapter_name!r} into it would round it anew and lose both; "
                 "use it unmerged, or merge into the model loaded unquantised"
             )
-        own = self._own()
-        check_whole((own[name] for name in self.shapes), "merging")
+        check_whole(self._own().values(), "merging")
 
     def _own(self) -> dict[str, nn.Parameter]:
         """All parameters of the wrapped module, as it holds them."""
         return cast(dict[str, nn.Parameter], self.base_layer._parameters)
 
     def _merge_one(self, adapter_name: str) -> Iterator[_Merge]:
+        """Write an adapter's diffs; what each overwrites is noted first, so that an interrupt in between loses nothing."""
         # `.data` keeps autograd out, and the parameter's version as it is.
         own = self._own()
         if self.is_gating(adapter_name):
             for name in self.shapes:
                 data = own[name].data
-                old = data.clone()
+                self._merges.append(merge := _Merge(adapter_name, name, None, data.clone()))
                 data.copy_(data + self.dense_delta(adapter_name, name))
-                yield _Merge(adapter_name, name, None, old)
+                yield merge
         else:
             for name, values, where in self.fixed(adapter_name):
-                yield _Merge(adapter_name, name, where, add_(own[name].data, values.data, where))
+                data = own[name].data
+                old = take(data, where)
+                self._merges.append(merge := _Merge(adapter_name, name, where, old))
+                put_(data, old + values.data, where)
+                yield merge
 
     def _is_finite(self, merge: _Merge) -> bool:
         merged = self.own_parameters()[merge.parameter_name].data
         written = merged if merge.positions is None else torch.take(merged, merge.positions)
         return bool(torch.isfinite(written).all())
 
-    def _revert(self, merges: list[_Merge]) -> None:
-        """Undo the merges, the last one first, and empty the list."""
-        own = self._own()
-        while merges:
-            merge = merges.pop()
+    def unmerge(self, keep: int = 0) -> None:
+        """Restore the base parameters to the bit, of all merged adapters but the first `keep`."""
+        kept, own = self.merged_adapters[:keep], self._own()
+        while self._merges and self._merges[-1].adapter_name not in kept:
+            merge = self._merges[-1]
             target = own[merge.parameter_name].data
             if merge.positions is None:
                 target.copy_(merge.old)
             else:
-                restore_(target, merge.old.to(target.device), merge.positions.to(target.device))
-
-    def unmerge(self, keep: int = 0) -> None:
-        """Restore the base parameters to the bit, of all merged adapters but the first `keep`."""
-        kept = self.merged_adapters[:keep]
-        first = next((i for i, merge in enumerate(self._merges) if merge.adapter_name not in kept), len(self._merges))
-        undone, self._merges = self._merges[first:], self._merges[:first]
-        self._revert(undone)
+                put_(target, merge.old.to(target.device), merge.positions.to(target.device))
+            self._merges.pop()
         self.merged_adapters[keep:] = []

@@ -10,14 +10,14 @@ from typing import Any
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from diffpeft.injection import Injection
 from diffpeft.layer import DiffPruningLayer
 from diffpeft.mixed import BASE, MixedBatch, Part
 from diffpeft.root import RootParameters
 from diffpeft.rows import Layouts
+from diffpeft.state_dict import AdapterStateDict
 
 
-class Serving(Injection):
+class Serving(AdapterStateDict):
     """Forward and generation with an adapter for each row."""
 
     _row_layouts: dict[Any, Layouts]

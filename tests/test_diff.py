@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffpeft.diff import add_, restore_, sparse_parameter
+from diffpeft.diff import add_, put_, sparse_parameter
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 each_dtype = pytest.mark.parametrize("dtype", BITS, ids=str)
@@ -37,7 +37,7 @@ def test_restoring_is_exact_to_the_bit_over_many_cycles(device, layout, dtype):
         values = made((len(positions),), seed=cycle).mul_(10.0 ** (cycle % 5)).to(device)
         old = add_(target, values, positions)
         assert not torch.equal(storage, before)
-        restore_(target, old, positions)
+        put_(target, old, positions)
         assert torch.equal(storage.view(BITS[dtype]), before.view(BITS[dtype]))
 
 
@@ -46,7 +46,7 @@ def test_restoring_brings_back_what_a_sum_would_lose(device, dtype):
     target = torch.tensor([float("nan"), float("inf"), -0.0, 1.0], device=device).to(dtype)
     before, positions = target.clone(), torch.arange(4, device=device)
     old = add_(target, torch.tensor([1.0, -float("inf"), 0.0, 1e30], device=device), positions)
-    restore_(target, old, positions)
+    put_(target, old, positions)
     assert torch.equal(target.view(BITS[dtype]), before.view(BITS[dtype]))
 
 
@@ -104,7 +104,7 @@ def test_everything_works_under_deterministic_algorithms(device):
     assert values.grad.tolist() == [1.0, 1.0]
     old = add_(base, values.detach(), positions)
     assert base.flatten().tolist() == [0, 1, 0, 0, 0, 1]
-    restore_(base, old, positions)
+    put_(base, old, positions)
     assert base.count_nonzero() == 0
 
 
