@@ -143,7 +143,7 @@ class AdapterTensors(FixmaskTensors, Gating, BaseTunerLayer):
 
     def is_offloaded(self) -> bool:
         """Whether the parameters are brought to a device only while the module runs."""
-        hook = getattr(self.base_layer, "_hf_hook", None)
+        hook = self.base_layer.__dict__.get("_hf_hook")
         return isinstance(hook, AlignDevicesHook) and bool(hook.offload)
 
     def _check_loaded(self) -> None:
