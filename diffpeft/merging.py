@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffpeft.adapter import AdapterTensors
 from diffpeft.diff import put_, take
+from diffpeft.exchange import Exchange, Progress, can_exchange, exchange_all
 from diffpeft.sharding import check_whole
 
 
@@ -21,6 +22,25 @@ class _Merge(NamedTuple):
     parameter_name: str
     positions: Tensor | None
     old: Tensor
+    number: int = 0
+    progress: Progress | None = None
+    """Where it is one of many that are made together: whether it has got so far."""
+
+    def is_made(self) -> bool:
+        """Whether there is something to undo."""
+        return self.progress is None or self.number < self.progress.value
+
+
+class _Row(NamedTuple):
+    """An exchange that is to be made in a layer's parameter."""
+
+    layer: Mergeable
+    parameter_name: str
+    tensor: Tensor
+    back_at: Tensor | None
+    back: Tensor
+    at: Tensor
+    values: Tensor
 
 
 class Mergeable(AdapterTensors):
@@ -117,9 +137,66 @@ class Mergeable(AdapterTensors):
         while self._merges and self._merges[-1].adapter_name not in kept:
             merge = self._merges[-1]
             target = own[merge.parameter_name].data
-            if merge.positions is None:
+            if not merge.is_made():
+                pass
+            elif merge.positions is None:
                 target.copy_(merge.old)
             else:
                 put_(target, merge.old.to(target.device), merge.positions.to(target.device))
             self._merges.pop()
         self.merged_adapters[keep:] = []
+
+
+_NOWHERE, _NOTHING = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+
+
+class Switch:
+    """Having another finished adapter merged, in many layers at once.
+
+    Args:
+        adapter_name: the adapter.
+    """
+
+    def __init__(self, adapter_name: str) -> None:
+        self._adapter_name = adapter_name
+        self._rows: dict[torch.dtype, list[_Row]] = {}
+        self._undone: list[tuple[Mergeable, int]] = []
+
+    def add(self, layer: Mergeable) -> bool:
+        """Have the layer switched by [`run`], or leave it as it is and return False, where it takes [`Mergeable.unmerge`] and
+        [`Mergeable.merge`]."""
+        adapter_name, merges = self._adapter_name, layer._merges
+        undone = {merge.parameter_name: merge for merge in merges if merge.is_made()}
+        if len(undone) < len(merges) or layer.is_gating(adapter_name) or layer.is_offloaded():
+            return False
+        rows, own = [], layer._own()
+        if adapter_name in layer.configs:
+            layer._check_mergeable(adapter_name)
+            for name, values, at in layer.fixed(adapter_name):
+                data, merge = own[name].data, undone.pop(name, None)
+                back_at, back = (_NOWHERE, data.new_empty(0)) if merge is None else (merge.positions, merge.old)
+                rows.append(_Row(layer, name, data, back_at, back, at, values.data))
+        for name, merge in undone.items():
+            rows.append(_Row(layer, name, own[name].data, merge.positions, merge.old, _NOWHERE, _NOTHING))
+        for row in rows:
+            if row.back_at is None or not can_exchange(row.tensor, row.back_at, row.back, row.at, row.values):
+                return False
+        for row in rows:
+            self._rows.setdefault(row.tensor.dtype, []).append(row)
+        self._undone.append((layer, len(merges)))
+        return True
+
+    def run(self) -> None:
+        """Switch. What is interrupted can be undone: a merge is noted before it is made, and forgotten after it is undone."""
+        for layer, _ in self._undone:
+            layer.merged_adapters[:] = [self._adapter_name] if self._adapter_name in layer.configs else []
+        for dtype, rows in self._rows.items():
+            counts = [row.at.numel() for row in rows]
+            olds = torch.split(torch.empty(sum(counts), dtype=dtype), counts)
+            progress = Progress()
+            for number, (row, old) in enumerate(zip(rows, olds, strict=True)):
+                merge = _Merge(self._adapter_name, row.parameter_name, row.at, old, number, progress)
+                row.layer._merges.append(merge)
+            exchange_all([Exchange(*row[2:], old) for row, old in zip(rows, olds, strict=True)], progress)  # type: ignore[arg-type]
+        for layer, count in self._undone:
+            del layer._merges[:count]

@@ -26,7 +26,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def check_whole(tensors: Iterable[Tensor], action: str) -> None:
     """Raise ValueError if one of the tensors is sharded; `action` says what needs them whole."""
-    if any(is_sharded(tensor) for tensor in tensors):
+    if torch.distributed.is_initialized() and any(is_sharded(tensor) for tensor in tensors):
         raise ValueError(f"{action} needs whole parameters, but FSDP has sharded these over processes; {REMEDY}")
 
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from diffpeft.injection import Injection
 from diffpeft.layer import DiffPruningLayer
+from diffpeft.merging import Switch
 from diffpeft.root import RootParameters
 from diffpeft.walk import outer_modules
 
@@ -50,13 +51,18 @@ class Switching(Injection):
         Raises:
             ValueError: for names that do not exist, and what merging refuses. Nothing is merged then.
         """
-        self._check_names([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self._check_names(names)
+        switch = Switch(names[0]) if len(names) == 1 else None
         try:
             for layer in self._activating(adapter_name, inference_mode):
-                with _onloaded(layer):
-                    layer.unmerge()
-                    layer.set_adapter(adapter_name, inference_mode=inference_mode)
-                    layer.merge()
+                layer.set_adapter(adapter_name, inference_mode=inference_mode)
+                if switch is None or not switch.add(layer):
+                    with _onloaded(layer):
+                        layer.unmerge()
+                        layer.merge()
+            if switch is not None:
+                switch.run()
         except BaseException:
             self.unmerge_adapter()
             self.set_adapter(adapter_name, inference_mode)

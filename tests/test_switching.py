@@ -1,12 +1,13 @@
 """Activating and merging other adapters: in one walk as in three, and whole or not at all."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 from peft import get_peft_model
 
-from diffpeft import DiffPruningConfig, merging
+from diffpeft import DiffPruningConfig, exchange, merging
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
@@ -19,6 +20,14 @@ def model(tiny_bert, request):
     for name in ("first", "second"):
         model.base_model.magnitude_prune(adapter_name=name)
     return model.eval()
+
+
+@pytest.fixture(params=["loop", "torch"], autouse=True)
+def way(request, monkeypatch):
+    """Both ways of switching, however few nonzeros there are."""
+    monkeypatch.setattr(exchange, "WORTH_LOADING", 0 if request.param == "loop" else 1 << 62)
+    if request.param == "loop" and exchange._loops() is None:
+        pytest.skip("no C++ compiler")
 
 
 def base_weights(model):
@@ -98,17 +107,10 @@ def test_what_cannot_be_merged_leaves_the_plain_base(model):
         model.base_model.switch_adapter("first")
 
 
-ACTIONS = {
-    "switching": lambda model, name: model.base_model.switch_adapter(name),
-    "merging": lambda model, name: model.merge_adapter(adapter_names=[name]),
-    "merging, safely": lambda model, name: model.merge_adapter(adapter_names=[name], safe_merge=True),
-}
-
-
-@pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS)
+@pytest.mark.parametrize("safely", [False, True])
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("at", [0, 1, 7, 20])
-def test_an_interrupt_in_a_merge_loses_nothing_of_the_base(model, monkeypatch, action, written, at):
+def test_an_interrupt_in_a_merge_loses_nothing_of_the_base(model, monkeypatch, safely, written, at):
     plain, put_, calls = base_weights(model), merging.put_, []
 
     def interrupted(target, values, positions):
@@ -121,10 +123,59 @@ def test_an_interrupt_in_a_merge_loses_nothing_of_the_base(model, monkeypatch, a
 
     monkeypatch.setattr(merging, "put_", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        action(model, "second")
+        model.merge_adapter(adapter_names=["second"], safe_merge=safely)
     assert len(calls) > at
     assert not any(layer.merged for layer in model.base_model.all_layers())
     assert same(base_weights(model), plain)
+
+
+@pytest.mark.parametrize("made", [0, 1, 7, "all"])
+@pytest.mark.parametrize("then", ["nothing", "interrupted again"])
+def test_an_interrupt_in_a_switch_loses_nothing_of_the_base(model, monkeypatch, made, then):
+    plain, exchange_all, unmerge = base_weights(model), merging.exchange_all, merging.Mergeable.unmerge
+    model.merge_adapter()
+
+    def interrupted(exchanges, progress):
+        exchange_all(exchanges if made == "all" else exchanges[:made], progress)
+        raise KeyboardInterrupt
+
+    def once(layer, keep=0):
+        monkeypatch.setattr(merging.Mergeable, "unmerge", unmerge)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merging, "exchange_all", interrupted)
+    if then == "interrupted again":
+        monkeypatch.setattr(merging.Mergeable, "unmerge", once)
+    with pytest.raises(KeyboardInterrupt):
+        model.base_model.switch_adapter("second")
+    monkeypatch.setattr(merging, "exchange_all", exchange_all)
+    if then == "interrupted again":
+        model.unmerge_adapter()
+    assert not any(layer.merged for layer in model.base_model.all_layers())
+    assert same(base_weights(model), plain)
+    model.base_model.switch_adapter("first")
+    merged = base_weights(model)
+    model.unmerge_adapter()
+    model.merge_adapter()
+    assert same(base_weights(model), merged)
+
+
+def test_a_model_that_was_switched_can_be_copied_pickled_and_moved(model, tmp_path):
+    plain = base_weights(model)
+    model.base_model.switch_adapter("second")
+    torch.save(model, tmp_path / "model.pt")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False), model.to("cpu")):
+        other.base_model.switch_adapter("first")
+        other.unmerge_adapter()
+        assert same(base_weights(other), plain)
+
+
+def test_a_weight_that_became_smaller_is_an_error(model):
+    layer = next(layer for layer in model.base_model.all_layers() if (layer.nnz("second") or {}).get("weight", 0) > 5)
+    layer.base_layer.weight.data = layer.base_layer.weight.data[:1].clone()
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)|beyond the \d+ elements"):
+        model.base_model.switch_adapter("second")
+    assert not any(layer.merged for layer in model.base_model.all_layers())
 
 
 def test_an_interrupt_in_unmerging_can_be_made_good(model, monkeypatch):

@@ -43,7 +43,7 @@ from measuring import (
     wait,
 )
 from peft import PeftModel
-from task_switch import switch, with_tasks
+from task_switch import switch, switch_at_once, with_tasks
 from torch import Tensor, nn
 from transformers import BertModel
 
@@ -154,15 +154,16 @@ def inference(size: str, options: argparse.Namespace) -> Rows:
 def switching(size: str, options: argparse.Namespace) -> Rows:
     """Another task merged instead."""
     base, actions = make_base(size, options), {}
-    for method in METHODS:
+    for method, change in {"lora": switch, "diff_pruning": switch_at_once}.items():
         model = with_tasks(copy.deepcopy(base), method, TASKS[:2]).eval()
         model.merge_adapter()
-        actions[method] = quietly(_switch_to_the_other, model)
+        actions[method] = quietly(_switch_to_the_other, model, change)
     return rows_of(size, "switch", actions, "lora", options)
 
 
-def _switch_to_the_other(model: PeftModel) -> None:
-    switch(model, TASKS[1 - TASKS.index(model.active_adapter)])
+def _switch_to_the_other(model: PeftModel, change: Callable[[PeftModel, str], float]) -> None:
+    (name,) = model.active_adapters
+    change(model, TASKS[1 - TASKS.index(name)])
 
 
 def mixing(size: str, options: argparse.Namespace) -> Rows:

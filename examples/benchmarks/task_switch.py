@@ -3,11 +3,11 @@
     python examples/benchmarks/task_switch.py                        # MiniLM and a random model of BERT-large's size
     python examples/benchmarks/task_switch.py --models minilm --repeats 21 --json switch.json
 
-A switch is `unmerge_adapter(); set_adapter(other); merge_adapter()`. LoRA has rank 8 on all linear layers of the encoder;
-the diffs have 0.5% of all parameters. The two are timed in turn, in one process; the median counts. "accesses" are those to
-the weights that a switch between the diffs cannot do without, and nothing else: put back what stood at the one's places, read
-and overwrite what stands at the other's. Between two switches other memory is read, as much as caches hold, as a forward pass
-would.
+A switch of LoRA's is `unmerge_adapter(); set_adapter(other); merge_adapter()`, one of diffs `switch_adapter(other)`, or the three
+calls too. LoRA has rank 8 on all linear layers of the encoder; the diffs have 0.5% of all parameters. All are timed in turn, in
+one process; the median counts. "accesses" are those to the weights that a switch between the diffs cannot do without, in the loop
+that `switch_adapter` has for them, and nothing else: put back what stood at the one's places, read and overwrite what stands at
+the other's. Between two switches other memory is read, as much as caches hold, as a forward pass would.
 """
 
 import argparse
@@ -27,9 +27,10 @@ from torch import Tensor
 from transformers import AutoModel, BertConfig, BertModel, PreTrainedModel
 
 from diffpeft import DiffPruningConfig
-from diffpeft.diff import write_
+from diffpeft.exchange import Exchange, Progress, exchange_all
 
 DENSITY = 0.005
+THREE_CALLS = "diff_pruning, three calls"
 ACCESSES = "accesses alone"
 ELSEWHERE = 1 << 28
 """Bytes that are read between two switches."""
@@ -72,11 +73,18 @@ def base_weights(model: PeftModel) -> dict[str, Tensor]:
 
 
 def switch(model: PeftModel, name: str) -> float:
-    """Seconds that it takes to have the other task merged instead."""
+    """Seconds that it takes to have the other task merged instead, by the calls that every method has."""
     start = time.perf_counter()
     model.unmerge_adapter()
     model.set_adapter(name)
     model.merge_adapter()
+    return time.perf_counter() - start
+
+
+def switch_at_once(model: PeftModel, name: str) -> float:
+    """The same by a diff's one call."""
+    start = time.perf_counter()
+    model.base_model.switch_adapter(name)
     return time.perf_counter() - start
 
 
@@ -85,60 +93,68 @@ class Accesses:
 
     def __init__(self, model: PeftModel) -> None:
         layers = model.base_model.all_layers()
-        self.places = {
-            name: [
-                (parameter.data.view(-1), layer.positions(name, key))
-                for layer in layers
-                for key, parameter in layer.own_parameters().items()
-                if key in layer.nnz(name)
-            ]
-            for name in ("first", "second")
-        }
-        self.merged = "first"
-        self.old = [weights.index_select(0, where) for weights, where in self.places["first"]]
+        nothing = torch.zeros(0, dtype=torch.int64)
+        rows = [
+            (
+                parameter.data,
+                *[layer.positions(n, key) if key in layer.nnz(n) else nothing for n in ("first", "second")],
+            )
+            for layer in layers
+            for key, parameter in layer.own_parameters().items()
+        ]
+        self.exchanges: dict[str, list[Exchange]] = {"first": [], "second": []}
+        for weights, *at in rows:
+            old = [weights.view(-1)[where] for where in at]
+            zeros = [torch.zeros(where.numel()) for where in at]
+            self.exchanges["first"].append(Exchange(weights, at[1], old[1], at[0], zeros[0], old[0]))
+            self.exchanges["second"].append(Exchange(weights, at[0], old[0], at[1], zeros[1], old[1]))
 
     def switch(self, name: str) -> float:
         """Seconds for the accesses; what is written is what stood there."""
+        progress = Progress()
         start = time.perf_counter()
-        for (weights, where), old in zip(self.places[self.merged], self.old, strict=True):
-            write_(weights, old, where)
-        self.old, self.merged = [], name
-        for weights, where in self.places[name]:
-            self.old.append(weights.index_select(0, where))
-            write_(weights, self.old[-1], where)
+        exchange_all(self.exchanges[name], progress)
         return time.perf_counter() - start
 
 
+WAYS = {
+    "lora": ("lora", switch),
+    "diff_pruning": ("diff_pruning", switch_at_once),
+    THREE_CALLS: ("diff_pruning", switch),
+}
+"""Method and kind of switch, by what the table says."""
+
+
 def measure(name: str, dtype: torch.dtype, repeats: int) -> list[dict[str, object]]:
-    """Both methods on one model, in turn."""
+    """All ways on one model, in turn."""
     elsewhere = torch.ones(ELSEWHERE // 4)
-    models, seconds, plain = {}, {"lora": [], "diff_pruning": []}, {}
-    for method in seconds:
+    models, changes, plain = {}, {}, {}
+    for way, (method, change) in WAYS.items():
         torch.manual_seed(0)
-        models[method] = with_tasks(MODELS[name](dtype), method, ("first", "second"))
-        plain[method] = base_weights(models[method])
-        models[method].merge_adapter()
-        switch(models[method], "second")
+        models[way] = with_tasks(MODELS[name](dtype), method, ("first", "second"))
+        plain[way] = base_weights(models[way])
+        models[way].merge_adapter()
+        changes[way] = partial(change, models[way])
+        changes[way]("second")
     torch.manual_seed(0)
-    bare = Accesses(with_tasks(MODELS[name](dtype), "diff_pruning", ("first", "second")))
-    others = {method: partial(switch, model) for method, model in models.items()}
-    seconds[ACCESSES] = []
+    changes[ACCESSES] = Accesses(with_tasks(MODELS[name](dtype), "diff_pruning", ("first", "second"))).switch
+    seconds: dict[str, list[float]] = {way: [] for way in changes}
     for repeat in range(repeats):
-        for method, change in {**others, ACCESSES: bare.switch}.items():
+        for way, change in changes.items():
             elsewhere.sum()
-            seconds[method].append(change(["second", "first"][repeat % 2]))
+            seconds[way].append(change(["second", "first"][repeat % 2]))
     rows = []
-    for method, model in models.items():
+    for way, model in models.items():
         model.unmerge_adapter()
         after = base_weights(model)
-        drift = max(float((after[key].float() - plain[method][key].float()).abs().max()) for key in after)
+        drift = max(float((after[key].float() - plain[way][key].float()).abs().max()) for key in after)
         rows.append(
             {
                 "model": name,
                 "dtype": str(dtype).removeprefix("torch."),
-                "parameters": sum(p.numel() for p in plain[method].values() if p.is_floating_point()),
-                "method": method,
-                **times(seconds, method),
+                "parameters": sum(p.numel() for p in plain[way].values() if p.is_floating_point()),
+                "method": way,
+                **times(seconds, way),
                 "largest_drift_of_the_base": drift,
                 "switches": repeats + 1,
             }
