@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,8 +99,10 @@ def exchange_all(exchanges: Sequence[Exchange], progress: Progress) -> None:
 def _loops() -> dict[torch.dtype, Any] | None:
     """The compiled loop for each dtype, or None where there is no compiler, which a warning says."""
     source = Path(__file__).with_suffix(".cpp").read_text()
+    # Older versions of torch try out vector instructions in any case, which takes a second.
+    plain = {"needs_vec_isa", "kernel_needs_vec_isa"} & inspect.signature(CppCodeCache.load_async).parameters.keys()
     try:
-        library = CppCodeCache.load(source, needs_vec_isa=False, kernel_needs_vec_isa=False)
+        library = CppCodeCache.load(source, **dict.fromkeys(plain, False))
     except Exception as error:  # compilers fail in many ways, and torch's own differ from version to version
         logger.warning(
             "switching between merged adapters is slower: its loop cannot be compiled, %s: %s. It takes a C++ compiler",

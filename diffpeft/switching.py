@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,18 +27,18 @@ class Switching(Injection):
         if any(layer.merged_adapters for layer in self.all_layers()):
             super().set_adapter(adapter_name, inference_mode)  # warns and unmerges
             return
-        for layer in self._activating(adapter_name, inference_mode):
+        for layer in self._set_heads(adapter_name, inference_mode):
             layer.set_adapter(adapter_name, inference_mode=inference_mode)
-
-    def _activating(self, adapter_name: str | list[str], inference_mode: bool) -> Iterator[DiffPruningLayer]:
-        """The layers, of which the caller makes the adapters active; heads and the tuner itself follow."""
-        # As PEFT's own loops, which look into the containers of adapters' tensors too.
-        for _, module in outer_modules(self.model):
-            if isinstance(module, DiffPruningLayer):
-                yield module
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                _set_adapter(module, adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
+
+    def _set_heads(self, adapter_name: str | list[str], inference_mode: bool) -> list[DiffPruningLayer]:
+        """Make adapters the active ones in heads, and return the layers, where the caller does."""
+        # As PEFT's own loops, which look into the containers of adapters' tensors too.
+        modules = [module for _, module in outer_modules(self.model)]
+        for module in modules:
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                _set_adapter(module, adapter_name, inference_mode=inference_mode)
+        return [module for module in modules if isinstance(module, DiffPruningLayer)]
 
     def switch_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Have other adapters active and merged in place of those that are, as
@@ -54,8 +54,10 @@ class Switching(Injection):
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         self._check_names(names)
         switch = Switch(names[0]) if len(names) == 1 else None
+        layers = self._set_heads(adapter_name, inference_mode)
+        self.active_adapter = adapter_name
         try:
-            for layer in self._activating(adapter_name, inference_mode):
+            for layer in layers:
                 layer.set_adapter(adapter_name, inference_mode=inference_mode)
                 if switch is None or not switch.add(layer):
                     with _onloaded(layer):

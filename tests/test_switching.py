@@ -93,6 +93,16 @@ def test_names_that_do_not_exist_change_nothing(model):
     assert after[1:] == before[1:]
 
 
+@pytest.mark.parametrize("verb", ["set_adapter", "switch_adapter"])
+def test_heads_that_cannot_be_summed_change_nothing(model, verb):
+    before = state(model)
+    with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
+        getattr(model.base_model, verb)(["first", "second"])
+    after = state(model)
+    assert same(after[0], before[0])
+    assert after[1:] == before[1:]
+
+
 def test_what_cannot_be_merged_leaves_the_plain_base(model):
     plain = base_weights(model)
     model.merge_adapter()
