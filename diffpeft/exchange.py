@@ -54,6 +54,7 @@ def can_exchange(tensor: Tensor, back_at: Tensor, back: Tensor, at: Tensor, valu
         and tensor.dtype in _DTYPES
         and back.dtype == tensor.dtype
         and values.dtype == torch.float32
+        and back_at.dtype == at.dtype == torch.int64
         and back.numel() == back_at.numel()
         and values.numel() == at.numel()
         and (tensor.is_cpu and tensor.is_contiguous())

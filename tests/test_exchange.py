@@ -133,6 +133,8 @@ UNFIT = {
     "a parameter": {"tensor": torch.nn.Parameter(torch.zeros(24))},
     "elsewhere": {"tensor": torch.zeros(24, device="meta")},
     "places elsewhere": {"at": torch.zeros(2, dtype=torch.int64, device="meta")},
+    "places of another dtype": {"at": torch.zeros(2, dtype=torch.int32)},
+    "old places of another dtype": {"back_at": torch.zeros(1, dtype=torch.int32)},
     "strided places": {"at": torch.arange(4)[::2]},
     "old entries of another dtype": {"back": torch.zeros(1, dtype=torch.float64)},
     "old entries of another number": {"back": torch.zeros(2)},
