@@ -4,7 +4,7 @@ A module that adapters change runs once for each adapter, on its rows. That is r
 of what the module takes and gives, which a shape cannot tell: a batch of 8 and 8 relative positions look alike. So the
 model first runs on two and on three rows; a dimension that grows with them is the rows', which may stand in it several
 times in a row (tokens of a mixture of experts, beams). Where a module has no such dimension, or its parameter is read
-without running it, the model as a whole runs once for each adapter instead.
+without running it, the model as a whole runs once for each adapter instead. So it does on a CPU where adapters have several rows.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ from diffpeft.rows import (
 
 BASE = "__base__"
 """PEFT's name for rows without an adapter."""
+
+WORTH_APART = 4
+"""Rows an adapter, on average, from which on a pass for each adapter is faster on a CPU."""
+
+NOT_APART = "not apart"
+"""With a structure, among what is known: outputs of a pass for each adapter, such as caches and losses, cannot be put together."""
 
 Call = Callable[..., Any]
 
@@ -149,7 +155,8 @@ class MixedBatch:
             )
         names = [name for name in self.names for _ in range(rows // len(self.names))]
         inputs = tuple(0 if _is_row_tensor(leaf, rows) else None for leaf in leaves)
-        structure = (type(root).__qualname__, inputs, *structure_of(leaves, spec))
+        flags = tuple(leaf for leaf in leaves if isinstance(leaf, (bool, str)))
+        structure = (type(root).__qualname__, inputs, flags, *structure_of(leaves, spec))
         with self._rows_of(names):
             if len(set(names)) == 1:
                 return call(*args, **kwargs)
@@ -157,11 +164,37 @@ class MixedBatch:
                 self._known[structure] = self._trace(root, call, leaves, spec, inputs)
             self._layouts = self._known[structure]
             try:
+                if (NOT_APART, structure) not in self._known and self._runs_apart(leaves):
+                    try:
+                        return self._run_apart(call, leaves, spec)
+                    except CannotSplitError:
+                        self._known[NOT_APART, structure] = {}
                 return call(*args, **kwargs)
             except CannotSplitError as reason:
                 return self._run_whole(root, call, leaves, spec, reason)
             finally:
                 self._layouts = None
+
+    def _runs_apart(self, leaves: list[Any]) -> bool:
+        """Whether the model had better run once for each adapter though its modules could: on a CPU, where a pass over many rows
+        saves nothing, and what goes into each module and comes out of it need not be taken apart and put together."""
+        return (
+            len(self.names) >= WORTH_APART * len(set(self.names))
+            and self._layout_of_model() is not None
+            and all(is_plain(leaf) and (not isinstance(leaf, Tensor) or leaf.is_cpu) for leaf in leaves)
+        )
+
+    def _layout_of_model(self) -> Layout | None:
+        assert self._layouts is not None
+        return next(iter(self._layouts[""].values()))
+
+    def _run_apart(self, call: Call, leaves: list[Any], spec: TreeSpec) -> Any:
+        """Run the model once for each adapter."""
+        layout = self._layout_of_model()
+        assert layout is not None
+        inputs = tuple(0 if _is_row_tensor(leaf, len(self.names)) else None for leaf in leaves)
+        calls = [(call, rows) for rows in _groups(self.names).values()]
+        return self._by_rows(calls, Layout(inputs, layout.outputs), leaves, spec, False, "the model")
 
     def _run_whole(
         self,
@@ -171,11 +204,10 @@ class MixedBatch:
         spec: TreeSpec,
         reason: CannotSplitError,
     ) -> Any:
-        """Run the model once for each adapter; without a cache, which nobody could put together, unless it is asked for."""
-        assert self._layouts is not None
-        layout = next(iter(self._layouts[""].values()))
+        """Run the model once for each adapter, because it must; without a cache, which nobody could put together, unless it is asked
+        for."""
         opaque = [type(leaf).__name__ for leaf in leaves if not is_plain(leaf)]
-        if opaque or layout is None:
+        if opaque or self._layout_of_model() is None:
             raise NotImplementedError(
                 f"a batch that mixes adapters needs the rows of every module's input apart, but {reason}; and the model "
                 f"cannot run once for each adapter because of {', '.join(opaque) or 'its outputs'}: use one batch for each "
@@ -186,13 +218,8 @@ class MixedBatch:
             call = functools.partial(call, use_cache=False)
             kwargs.pop("use_cache", None)
             leaves, spec = tree_flatten((args, kwargs))
-        groups: dict[str, list[int]] = {}
-        for row, name in enumerate(self.names):
-            groups.setdefault(name, []).append(row)
         try:
-            calls = [(call, rows) for rows in groups.values()]
-            inputs = tuple(0 if _is_row_tensor(leaf, len(self.names)) else None for leaf in leaves)
-            return self._by_rows(calls, Layout(inputs, layout.outputs), leaves, spec, False, "the model")
+            return self._run_apart(call, leaves, spec)
         except CannotSplitError as why:
             raise NotImplementedError(
                 f"a batch that mixes adapters needs the rows of every module's input apart, but {reason}; and of the "
@@ -207,9 +234,7 @@ class MixedBatch:
             return part.call(changing[0] if changing else BASE, *args, **kwargs)
         if self._layouts is None:
             raise ValueError(f"{part.key} runs outside of the model's forward, where adapter_names has no rows to name")
-        groups: dict[str, list[int]] = {}
-        for row, name in enumerate(self.names):
-            groups.setdefault(name if name in changing else BASE, []).append(row)
+        groups = _groups([name if name in changing else BASE for name in self.names])
         leaves, spec = tree_flatten((args, kwargs))
         layout = (self._layouts or {}).get(part.key, {}).get(structure_of(leaves, spec))
         if layout is None:
@@ -280,6 +305,14 @@ class MixedBatch:
         seen = Seen(tuple(sketch(leaf, rows) for leaf in leaves), tuple(sketch(leaf, rows) for leaf in results))
         self._calls.setdefault(key, []).append((structure_of(leaves, spec), seen))
         return output
+
+
+def _groups(names: Sequence[str]) -> dict[str, list[int]]:
+    """The rows of each name."""
+    groups: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        groups.setdefault(name, []).append(row)
+    return groups
 
 
 def _is_encoder_decoder(root: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from architectures import ARCHITECTURES
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from diffpeft import DiffPruningConfig
+from diffpeft import DiffPruningConfig, mixed
 from diffpeft.layer import DiffPruningLayer
 
 NAMES = ["first", "__base__", "second", "second", "first"]
@@ -36,6 +36,18 @@ def alone(model: nn.Module, names: list[str], **inputs: Tensor) -> Tensor:
             model.set_adapter(name)
             rows.append(model(**own).logits)
     return torch.cat(rows)
+
+
+@pytest.fixture(params=["by module", "by model"], autouse=True)
+def way(request, monkeypatch):
+    """Whether a model that can do both runs its modules for each adapter, or itself."""
+    monkeypatch.setattr(mixed, "WORTH_APART", 1 << 62 if request.param == "by module" else 1)
+    return request.param
+
+
+@pytest.fixture
+def by_module(monkeypatch):
+    monkeypatch.setattr(mixed, "WORTH_APART", 1 << 62)
 
 
 @pytest.fixture
@@ -75,9 +87,67 @@ def test_gating_and_finished_adapters_side_by_side(bert, inputs):
     )
 
 
-def test_the_model_runs_as_a_whole_only_where_it_must(bert, inputs):
+def test_other_outputs_than_the_first_time(bert, inputs):
+    plain = bert(**inputs, adapter_names=NAMES).logits
+    output = bert(**inputs, adapter_names=NAMES, output_hidden_states=True)
+    torch.testing.assert_close(output.logits, plain)
+    bert.set_adapter("first")
+    for row in (0, 4):
+        own = {key: value[row : row + 1] for key, value in inputs.items()}
+        for hidden, expected in zip(
+            output.hidden_states, bert(**own, output_hidden_states=True).hidden_states, strict=True
+        ):
+            torch.testing.assert_close(hidden[row], expected[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(bert(**inputs, adapter_names=NAMES).logits, plain)
+
+
+def encoder_calls(bert):
     calls = []
     bert.base_model.model.bert.encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    return calls
+
+
+def test_a_model_runs_once_for_each_adapter_that_has_several_rows(bert, batch, monkeypatch):
+    monkeypatch.undo()
+    inputs = {key: value for key, value in batch(12).items() if key != "labels"}
+    names, calls = ["first", "__base__", "second"] * 4, encoder_calls(bert)
+    actual = bert(**inputs, adapter_names=names).logits
+    assert len(calls) == 2 + 3, "two small batches to look for rows, then a pass for each adapter"
+    for start, name in enumerate(names[:3]):
+        own = {key: value[start::3] for key, value in inputs.items()}
+        assert torch.equal(actual[start::3], bert(**own, adapter_names=[name] * 4).logits)
+    calls.clear()
+    bert(**{key: value[:11] for key, value in inputs.items()}, adapter_names=names[:11])
+    assert len(calls) == 1, "fewer than four each"
+
+
+def test_outputs_that_belong_to_no_row(bert, batch):
+    """A loss is the mean over the batch."""
+    inputs, names = batch(5), [name.replace("__base__", "first") for name in NAMES]
+    calls = encoder_calls(bert)
+    actual = bert(**inputs, adapter_names=names)
+    logits = bert(**{key: value for key, value in inputs.items() if key != "labels"}, adapter_names=names).logits
+    torch.testing.assert_close(actual.logits, logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(actual.loss, nn.functional.cross_entropy(actual.logits, inputs["labels"]))
+    calls.clear()
+    torch.testing.assert_close(bert(**inputs, adapter_names=names).loss, actual.loss)
+    assert len(calls) == 1, "that it cannot be put together is known"
+
+
+def test_a_cache_of_all_rows_is_kept():
+    model = adapters(ARCHITECTURES["gpt2"].make(), target_density=0.2)
+    ids = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
+    names = ["first", "second"] * 2
+    cached = model(input_ids=ids, adapter_names=names)
+    plain = model(input_ids=ids, adapter_names=names, use_cache=False)
+    assert cached.past_key_values.get_seq_length() == 6
+    assert plain.past_key_values is None
+    torch.testing.assert_close(cached.logits, plain.logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("by_module")
+def test_the_model_runs_as_a_whole_only_where_it_must(bert, inputs):
+    calls = encoder_calls(bert)
     bert(**inputs, adapter_names=NAMES)
     looking = len(calls)
     bert(**inputs, adapter_names=NAMES)
@@ -85,6 +155,7 @@ def test_the_model_runs_as_a_whole_only_where_it_must(bert, inputs):
     assert len(calls) - looking == 1, "and then known"
 
 
+@pytest.mark.usefixtures("by_module")
 def test_adapters_of_one_layer_only_run_that_layer_by_rows(tiny_bert, inputs):
     model = adapters(tiny_bert(), target_modules=["layer.1.output.dense"])
     calls = {}
