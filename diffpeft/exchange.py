@@ -75,25 +75,41 @@ def exchange_all(exchanges: Sequence[Exchange], progress: Progress) -> None:
     if not exchanges:
         return
     worth = sum([e.at.numel() + e.back_at.numel() for e in exchanges]) >= WORTH_LOADING
-    loops = _loops() if worth else None
-    if loops is None:
+    loop = loop_for(exchanges[0].tensor.dtype) if worth else None
+    if loop is None:
         for tensor, back_at, back, at, values, old in exchanges:
             put_(tensor, back, back_at)
             old.copy_(take(tensor, at))
             progress.value += 1
             put_(tensor, old + values, at)
         return
+    loop(addresses(exchanges), len(exchanges), ctypes.byref(progress))
+    if progress.value < len(exchanges):
+        raise too_small(exchanges[progress.value].tensor)
+
+
+def addresses(exchanges: Sequence[Exchange]) -> ctypes.Array[ctypes.c_int64]:
+    """The exchanges as the loop takes them, while their tensors are where they are."""
     rows: list[int] = []
     for tensor, back_at, back, at, values, old in exchanges:
         rows += (tensor.data_ptr(), tensor.numel(), back_at.data_ptr(), back_at.numel(), back.data_ptr())
         rows += (at.data_ptr(), at.numel(), values.data_ptr(), old.data_ptr())
-    loops[exchanges[0].tensor.dtype]((ctypes.c_int64 * len(rows))(*rows), len(exchanges), ctypes.byref(progress))
-    if progress.value < len(exchanges):
-        tensor = exchanges[progress.value].tensor
-        raise IndexError(
-            f"a diff has a place beyond the {tensor.numel()} elements of its parameter, shape {tuple(tensor.shape)}, which was "
-            "larger when the adapter was attached; load the adapter onto the model as it is now"
-        )
+    return (ctypes.c_int64 * len(rows))(*rows)
+
+
+def too_small(tensor: Tensor) -> IndexError:
+    """The error for a place that a parameter does not have."""
+    return IndexError(
+        f"a diff has a place beyond the {tensor.numel()} elements of its parameter, shape {tuple(tensor.shape)}, which was "
+        "larger when the adapter was attached; load the adapter onto the model as it is now"
+    )
+
+
+def loop_for(dtype: torch.dtype) -> Any:
+    """The loop for tensors of a dtype: a function of [`addresses`], their number and the address of a [`Progress`]; None where
+    there is no compiler."""
+    loops = _loops()
+    return None if loops is None else loops[dtype]
 
 
 @functools.cache
@@ -106,7 +122,8 @@ def _loops() -> dict[torch.dtype, Any] | None:
         library = CppCodeCache.load(source, **dict.fromkeys(plain, False))
     except Exception as error:  # compilers fail in many ways, and torch's own differ from version to version
         logger.warning(
-            "switching between merged adapters is slower: its loop cannot be compiled, %s: %s. It takes a C++ compiler",
+            "unmerged adapters run and merged ones are switched more slowly: the loop for it cannot be compiled, %s: %s. It takes a "
+            "C++ compiler",
             type(error).__name__,
             str(error).strip().partition("\n")[0],
         )

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffpeft import gates
 from diffpeft.diff import sparse_parameter
+from diffpeft.kept_patch import KeptPatch, PatchSlot
 from diffpeft.merging import Mergeable
 from diffpeft.mixed import MixedBatch
 from diffpeft.noise import NoisePass, may_be_replayed
@@ -49,6 +50,7 @@ class DiffPruningLayer(Mergeable):
         self.mixed: MixedBatch | None = None
         """Which rows of the batch belong to which adapter, while they differ."""
         self._patchable_at: list[int] = []  # addresses of parameters that can be patched
+        self._patch_slot = PatchSlot()
         self._running: dict[str, tuple[Tensor, Tensor]] = {}  # effective and plain parameters
         self.train(base_layer.training)
 
@@ -235,7 +237,7 @@ class DiffPruningLayer(Mergeable):
         with patch:
             return module(*args, **kwargs)
 
-    def _patch(self) -> Patch | None:
+    def _patch(self) -> Patch | KeptPatch | None:
         """What to have in the module's parameters while it runs without gradients; None if that is not all of it."""
         own: dict[str, nn.Parameter] = self._modules["base_layer"]._parameters  # type: ignore[union-attr,assignment]
         addresses = [parameter.data_ptr() for parameter in own.values() if parameter is not None]
@@ -248,7 +250,9 @@ class DiffPruningLayer(Mergeable):
             if active[0] in self.diffpruning_w:
                 return None
             fixed = self.fixed(active[0]) if active[0] in self.configs else ()
-            return Patch([(own[name], values, positions) for name, values, positions in fixed])
+            finished = [(own[name], values, positions) for name, values, positions in fixed]
+            kept = self._patch_slot.patch(finished) if self.fused and finished else None
+            return Patch(finished) if kept is None else kept
         diffs = []
         for name, parameter in own.items():
             for adapter_name in self._selected(name, self.configs):

@@ -123,7 +123,8 @@ def test_no_compiler_means_a_warning_and_the_same_numbers(monkeypatch, caplog):
     finally:
         exchange._loops.cache_clear()
     assert [record.message for record in caplog.records] == [
-        "switching between merged adapters is slower: its loop cannot be compiled, RuntimeError: no g++. It takes a C++ compiler"
+        "unmerged adapters run and merged ones are switched more slowly: the loop for it cannot be compiled, RuntimeError: no "
+        "g++. It takes a C++ compiler"
     ]
 
 
