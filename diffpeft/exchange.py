@@ -85,7 +85,7 @@ def exchange_all(exchanges: Sequence[Exchange], progress: Progress) -> None:
         return
     loop(addresses(exchanges), len(exchanges), ctypes.byref(progress))
     if progress.value < len(exchanges):
-        raise too_small(exchanges[progress.value].tensor)
+        raise too_small(exchanges[progress.value].tensor.shape)
 
 
 def addresses(exchanges: Sequence[Exchange]) -> ctypes.Array[ctypes.c_int64]:
@@ -97,11 +97,11 @@ def addresses(exchanges: Sequence[Exchange]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(rows))(*rows)
 
 
-def too_small(tensor: Tensor) -> IndexError:
-    """The error for a place that a parameter does not have."""
+def too_small(shape: torch.Size) -> IndexError:
+    """The error for a place that a parameter of this shape does not have."""
     return IndexError(
-        f"a diff has a place beyond the {tensor.numel()} elements of its parameter, shape {tuple(tensor.shape)}, which was "
-        "larger when the adapter was attached; load the adapter onto the model as it is now"
+        f"a diff has a place beyond the {shape.numel()} elements of its parameter, shape {tuple(shape)}, which was larger when "
+        "the adapter was attached; load the adapter onto the model as it is now"
     )
 
 

@@ -27,11 +27,12 @@ class KeptPatch:
 
     def __init__(self, diffs: Diffs, loop: Any) -> None:
         self._loop = loop
-        self._weights = [weight.data for weight, _, _ in diffs]
-        self._old = [weight.new_empty(positions.numel()) for weight, _, positions in diffs]
-        rows = list(zip(diffs, self._weights, self._old, strict=True))
-        self._in = addresses([Exchange(w, NOWHERE, old[:0], at, values, old) for (_, values, at), w, old in rows])
-        self._out = addresses([Exchange(w, at, old, NOWHERE, NOTHING, old[:0]) for (_, _, at), w, old in rows])
+        self._shapes = [weight.shape for weight, _, _ in diffs]
+        self._old = [weight.new_empty(at.numel()) for weight, _, at in diffs]
+        rows = [(weight.data, at, values, old) for (weight, values, at), old in zip(diffs, self._old, strict=True)]
+        # Addresses alone are kept: a model that moves elsewhere must not leave its weights here.
+        self._in = addresses([Exchange(w, NOWHERE, old[:0], at, values, old) for w, at, values, old in rows])
+        self._out = addresses([Exchange(w, at, old, NOWHERE, NOTHING, old[:0]) for w, at, _, old in rows])
         self._made = Progress()
         self._running = False
 
@@ -43,7 +44,7 @@ class KeptPatch:
         try:
             self._loop(self._in, len(self._old), ctypes.byref(self._made))
             if self._made.value < len(self._old):
-                raise too_small(self._weights[self._made.value])
+                raise too_small(self._shapes[self._made.value])
             self._running = True
         except BaseException:
             self._undo()
@@ -69,9 +70,7 @@ class PatchSlot:
         """The patch for these diffs, one at least, or None where the loop does not take them."""
         if not diffs[0][0].is_cpu:
             return None
-        key = [
-            (w.data_ptr(), w.numel(), w.dtype, values.data_ptr(), at.data_ptr(), at.numel()) for w, values, at in diffs
-        ]
+        key = [_where(*diff) for diff in diffs]
         if self._key != key:
             self._key, self._patch = key, self._made(diffs)
         return self._patch
@@ -89,3 +88,12 @@ class PatchSlot:
     def __reduce__(self) -> tuple[type[PatchSlot], tuple[()]]:
         """Copies are of other tensors."""
         return PatchSlot, ()
+
+
+def _where(weight: Tensor, values: Tensor, at: Tensor) -> tuple[Any, ...]:
+    """All that the loop goes by: while this stays, so may a patch."""
+    return (
+        *(weight.data_ptr(), weight.numel(), weight.dtype, weight.is_contiguous()),
+        *(values.data_ptr(), values.numel(), values.is_contiguous()),
+        *(at.data_ptr(), at.numel()),
+    )

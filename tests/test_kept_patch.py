@@ -1,11 +1,13 @@
 """Patches that are prepared once: the same bits as those made anew, whatever happens to the tensors in between."""
 
 import copy
+import gc
 
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from diffpeft import DiffPruningConfig, exchange
 from diffpeft.kept_patch import KeptPatch, PatchSlot
@@ -60,6 +62,20 @@ def test_it_is_made_once_and_again_when_something_moves():
     assert slot.patch(diffs(torch.float64)) is not None
     assert slot.patch([(weight.half(), *rest) for weight, *rest in own[:1]] + own[1:]) is None, "of two dtypes"
     assert slot.patch([(own[0][0].t(), *own[0][1:])]) is None, "not in one piece"
+    assert slot.patch(own[:1]) is not None
+    own[0][0].data = own[0][0].data.t()  # at the same address
+    assert slot.patch(own[:1]) is None
+
+
+def test_what_moves_away_is_not_kept_alive():
+    own, slot = diffs(), PatchSlot()
+    with slot.patch(own):
+        pass
+    storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in own[0]]
+    assert not any(storage.expired() for storage in storages)
+    own.clear()
+    gc.collect()
+    assert all(storage.expired() for storage in storages)
 
 
 def test_copies_are_made_anew():
