@@ -118,7 +118,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.train:
         train(options.train, options.folder, options.checkpoint)
-        return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # gloo's threads may still hold tensors that Python has, and abort the process if they let them go while the interpreter
+        # ends (pytorch/pytorch#179291). All is done and written, so it does not end but leave.
+        os._exit(0)
     deepspeed = importlib.util.find_spec("deepspeed") is not None
     lines = [
         f"torch {torch.__version__}, transformers {transformers.__version__}, accelerate {accelerate.__version__}",
