@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 WORTH_LOADING = 1 << 13
 """Entries from which on a process loads the loop, for some hundredths of a second, after a machine has once compiled it."""
 
+NOWHERE, NOTHING = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+"""Places and values of an exchange that only puts back, or only adds."""
+
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 

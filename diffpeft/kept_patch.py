@@ -6,12 +6,9 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from diffpeft.exchange import Exchange, Progress, addresses, can_exchange, loop_for, too_small
-
-NOWHERE, NOTHING = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+from diffpeft.exchange import NOTHING, NOWHERE, Exchange, Progress, addresses, can_exchange, loop_for, too_small
 
 Diffs = Sequence[tuple[Tensor, Tensor, Tensor]]
 """(weight, values, positions) of each parameter of a module."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffpeft.adapter import AdapterTensors
 from diffpeft.diff import put_, take
-from diffpeft.exchange import Exchange, Progress, can_exchange, exchange_all
+from diffpeft.exchange import NOTHING, NOWHERE, Exchange, Progress, can_exchange, exchange_all
 from diffpeft.sharding import check_whole
 
 
@@ -147,9 +147,6 @@ class Mergeable(AdapterTensors):
         self.merged_adapters[keep:] = []
 
 
-_NOWHERE, _NOTHING = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-
-
 class Switch:
     """Having another finished adapter merged, in many layers at once.
 
@@ -174,10 +171,10 @@ class Switch:
             layer._check_mergeable(adapter_name)
             for name, values, at in layer.fixed(adapter_name):
                 data, merge = own[name].data, undone.pop(name, None)
-                back_at, back = (_NOWHERE, data.new_empty(0)) if merge is None else (merge.positions, merge.old)
+                back_at, back = (NOWHERE, data.new_empty(0)) if merge is None else (merge.positions, merge.old)
                 rows.append(_Row(layer, name, data, back_at, back, at, values.data))
         for name, merge in undone.items():
-            rows.append(_Row(layer, name, own[name].data, merge.positions, merge.old, _NOWHERE, _NOTHING))
+            rows.append(_Row(layer, name, own[name].data, merge.positions, merge.old, NOWHERE, NOTHING))
         for row in rows:
             if row.back_at is None or not can_exchange(row.tensor, row.back_at, row.back, row.at, row.values):
                 return False
