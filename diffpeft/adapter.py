@@ -139,7 +139,7 @@ class AdapterTensors(FixmaskTensors, Gating, BaseTunerLayer):
                 for parameter in tensors._parameters.values():  # type: ignore[union-attr]
                     if parameter is not None and parameter.requires_grad is not trains and parameter.is_leaf:
                         parameter.requires_grad = trains
-        self.__dict__["_active_adapter"] = names  # for which a module's way takes longer than for all else here
+        self.__dict__["_active_adapter"] = names  # a module would look for parameters first
 
     def is_offloaded(self) -> bool:
         """Whether the parameters are brought to a device only while the module runs."""

@@ -82,9 +82,7 @@ class FixmaskTensors(nn.Module):
         packed = self.diffpruning_positions[adapter_name]._buffers
         for name, kept in self.diffpruning_values[adapter_name]._parameters.items():
             cached = self._unpacked.get((adapter_name, name))
-            own = packed[name]
-            version = 0 if own.is_inference() else own._version
-            if cached is None or cached.packed is not own or cached.version != version:
+            if cached is None or cached.packed is not packed[name] or cached.version != _version(packed[name]):
                 self._open(adapter_name, name)
                 cached = self._unpacked[adapter_name, name]
             yield name, kept, cached.positions

@@ -91,6 +91,6 @@ def _where(weight: Tensor, values: Tensor, at: Tensor) -> tuple[Any, ...]:
     """All that the loop goes by: while this stays, so may a patch."""
     return (
         *(weight.data_ptr(), weight.numel(), weight.dtype, weight.is_contiguous()),
-        *(values.data_ptr(), values.numel(), values.is_contiguous()),
+        *(values.data_ptr(), values.numel(), values.dtype, values.is_contiguous()),
         *(at.data_ptr(), at.numel()),
     )

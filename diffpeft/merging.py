@@ -192,8 +192,9 @@ class Switch:
             olds = torch.split(torch.empty(sum(counts), dtype=dtype), counts)
             progress = Progress()
             for number, (row, old) in enumerate(zip(rows, olds, strict=True)):
-                merge = _Merge(self._adapter_name, row.parameter_name, row.at, old, number, progress)
-                row.layer._merges.append(merge)
+                if row.at is not NOWHERE:
+                    merge = _Merge(self._adapter_name, row.parameter_name, row.at, old, number, progress)
+                    row.layer._merges.append(merge)
             exchange_all([Exchange(*row[2:], old) for row, old in zip(rows, olds, strict=True)], progress)  # type: ignore[arg-type]
         for layer, count in self._undone:
             del layer._merges[:count]

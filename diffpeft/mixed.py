@@ -39,7 +39,7 @@ BASE = "__base__"
 """PEFT's name for rows without an adapter."""
 
 WORTH_APART = 4
-"""Rows an adapter, on average, from which on a pass for each adapter is faster on a CPU."""
+"""Rows an adapter, on average, from which on a pass for each adapter is faster. Measured on one CPU."""
 
 NOT_APART = "not apart"
 """With a structure, among what is known: outputs of a pass for each adapter, such as caches and losses, cannot be put together."""
@@ -155,6 +155,7 @@ class MixedBatch:
             )
         names = [name for name in self.names for _ in range(rows // len(self.names))]
         inputs = tuple(0 if _is_row_tensor(leaf, rows) else None for leaf in leaves)
+        # What comes out depends on flags, like output_hidden_states.
         flags = tuple(leaf for leaf in leaves if isinstance(leaf, (bool, str)))
         structure = (type(root).__qualname__, inputs, flags, *structure_of(leaves, spec))
         with self._rows_of(names):

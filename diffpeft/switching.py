@@ -49,7 +49,9 @@ class Switching(Injection):
             inference_mode: as of `set_adapter`, whether they are frozen.
 
         Raises:
-            ValueError: for names that do not exist, and what merging refuses. Nothing is merged then.
+            ValueError: for names that do not exist, or heads that cannot be active together: nothing changes then. And for what
+                merging refuses: nothing is merged then, and the adapters are the active ones, as after an IndexError for a
+                parameter that has become smaller.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         self._check_names(names)
