@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from diffpeft import factored, gates, seal
 from diffpeft.config import DiffPruningConfig
-from diffpeft.deferred import Deferrals
 from diffpeft.fixmask import FixmaskTensors
 from diffpeft.gate_tensors import GATING_BUFFERS, GROUP_MOMENTS, LEAN_BUFFERS, MOMENTS, Gating, new_moments
 from diffpeft.values import buffer_size
@@ -97,7 +96,6 @@ class AdapterTensors(FixmaskTensors, Gating, BaseTunerLayer):
         self.gates_born: dict[str, int] = {}
         """A number of its own each time that an adapter's gates are made: their memory may be that of others before."""
         self.pending = {}
-        self.deferrals = Deferrals()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._trained: set[str] = set()  # while adapters are disabled: those that train otherwise
@@ -278,7 +276,6 @@ class AdapterTensors(FixmaskTensors, Gating, BaseTunerLayer):
                 self._remember(adapter_name, name, packed, where.clone())
 
     def _clear(self, adapter_name: str) -> None:
-        self.store_gradients(adapter_name, lost=True)
         for attribute in self._all_names():
             container: Any = getattr(self, attribute)
             if adapter_name in container:
@@ -288,8 +285,8 @@ class AdapterTensors(FixmaskTensors, Gating, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove the adapter's tensors (PEFT's hook)."""
-        self.store_gradients(adapter_name, lost=True)
         super().delete_adapter(adapter_name)
+        self.gates_born.pop(adapter_name, None)
         self.configs.pop(adapter_name, None)
         self._trained.discard(adapter_name)
         self.forget_positions(adapter_name)

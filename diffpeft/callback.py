@@ -132,8 +132,6 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
         if _is_lean(tuner):
             self._in_backward = tuner.update_in_backward(kwargs["optimizer"])
-        if tuner.is_gated():
-            tuner.defer_gate_gradients()
         self._tuner, self._settings = tuner, resume.settings(tuner, name)
         self._ddp.watch(model)
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from diffpeft import kernels
-from diffpeft.deferred import DeferredGates
 from diffpeft.gates import Stretch, open_probability, open_shift
 from diffpeft.lean import LeanGates
 from diffpeft.together import SMALL
@@ -26,7 +25,7 @@ class Gates(NamedTuple):
 class Group(NamedTuple):
     """The gates of one parameter tensor: of its elements, and of the whole or None."""
 
-    elements: Gates | LeanGates | DeferredGates
+    elements: Gates | LeanGates
     whole: Gates | None
 
 

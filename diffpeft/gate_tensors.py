@@ -11,11 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft import factored
-from diffpeft.deferred import Deferral, Deferrals, DeferredGates
-from diffpeft.gates import Stretch
 from diffpeft.in_backward import DiffMoments, Pending, Watched
 from diffpeft.lean import LeanGates, fold_plain
-from diffpeft.together import SMALL
 
 LOCATIONS = ("diffpruning_log_alpha", "diffpruning_group_log_alpha")
 """Of the gates of parameters and of groups."""
@@ -77,8 +74,6 @@ class Gating:
     fused: bool
     pending: dict[str, Pending]
     """What backward passes have done for an adapter's next update, in the low-memory mode."""
-    deferrals: Deferrals
-    """By adapter and parameter: those whose gates' gradients are not stored."""
 
     @abstractmethod
     def parameter_key(self, name: str) -> str:
@@ -123,40 +118,6 @@ class Gating:
             return None
         moments = self._buffers_of(LEAN_MOMENTS, adapter_name, name)
         return LeanGates(self.diffpruning_log_alpha[adapter_name][name], *moments)
-
-    def defer_gradients(self, adapter_name: str, stretch: Stretch) -> None:
-        """Store no gradients of the gates of large parameters, where that can be had (`diffpeft/deferred.py`)."""
-        for name, (element, _) in self.gates(adapter_name).items():
-            w = self.diffpruning_w[adapter_name][name]
-            if isinstance(element, GateTensors) and w.numel() > SMALL:
-                own = self.deferrals.get((adapter_name, name))
-                if own is None or not own.is_of(w, element.log_alpha):
-                    self.deferrals[adapter_name, name] = Deferral(
-                        self.parameter_key(name), w, element.log_alpha, stretch
-                    )
-
-    def store_gradients(self, adapter_name: str, lost: bool = False) -> None:
-        """Undo [`defer_gradients`]; `lost` says that the adapter's gates go, and with them gradients that are not stored yet."""
-        for key in [key for key in self.deferrals if key[0] == adapter_name]:
-            deferral = self.deferrals.pop(key)
-            if not lost:
-                deferral.store()
-            deferral.remove()
-
-    def deferral_of(self, adapter_name: str, name: str) -> Deferral | None:
-        """What defers the gradient of a parameter's gates in a pass that begins now."""
-        found = self.deferrals.get((adapter_name, name))
-        if found is None or torch.compiler.is_compiling():
-            return None
-        trained = self.diffpruning_w[adapter_name][name], self.diffpruning_log_alpha[adapter_name][name]
-        return found if found.is_of(*trained) else None
-
-    def finish_deferred(self, adapter_name: str, name: str) -> DeferredGates | None:
-        """The element gates for an update, if their gradient was not stored."""
-        found = self.deferrals.get((adapter_name, name))
-        if found is None:
-            return None
-        return found.finish(*self._buffers_of(MOMENTS, adapter_name, name))
 
     def folding(self, adapter_name: str, name: str) -> Fold | None:
         """What takes the gradient of lean gates in the backward pass; None for other gates, and for those that do not train."""

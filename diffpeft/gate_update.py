@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from diffpeft import kernels
-from diffpeft.deferred import DeferredGates
 from diffpeft.gate_groups import Gates, Group, added_up, is_small, open_elements, open_wholes
 from diffpeft.gates import Stretch, open_probability
 from diffpeft.kernels import BETAS
@@ -147,7 +146,7 @@ def automatic_step(
         correction = correction[0] * BETAS[0], correction[1] * BETAS[1]
     small = [gates for group in groups if is_small(group) and isinstance(gates := group.elements, Gates)]
     columns = _joined(small) if small else None
-    pull, brake = Sample(groups, columns, correction, pace, stretch, wanted / expected, fused).solve()
+    pull, brake = Sample(groups, columns, correction, pace, stretch, wanted / expected).solve()
     rule = torch.tensor(
         [pull, pace, pace * brake, 1 / correction[0], 1 / correction[1]], device=elements.device, dtype=torch.float32
     )
@@ -159,8 +158,6 @@ def automatic_step(
         if isinstance(group.elements, LeanGates):
             group.elements.move(rule, fused)
             large[index] = kernels.open_elements(group.elements.log_alpha, stretch, fused)
-        elif isinstance(group.elements, DeferredGates):
-            large[index] = group.elements.move(rule, fused)
         elif not is_small(group):
             large[index] = kernels.automatic_(*group.elements, stretch, rule, fused)
     return pull, added_up(groups, large, None if columns is None else columns[0], stretch)

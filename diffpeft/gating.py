@@ -12,7 +12,6 @@ from torch import Tensor
 from diffpeft import gate_update, gates, positions
 from diffpeft.adapter import is_quantized, own_shapes
 from diffpeft.config import DiffPruningConfig
-from diffpeft.deferred import DeferredGates
 from diffpeft.gate_groups import Gates, Group, expected_nonzeros, open_elements
 from diffpeft.gate_tensors import GATING_BUFFERS, GateTensors
 from diffpeft.in_backward import InBackward
@@ -98,26 +97,19 @@ class GatingPhase(Serving):
             grad = log_alpha.grad if with_gradient else log_alpha.detach()
             return Gates(log_alpha.detach(), torch.zeros_like(log_alpha) if grad is None else grad, exp_avg, exp_avg_sq)
 
-        def elements_of(layer: DiffPruningLayer, name: str, tensors: GateTensors | LeanGates) -> Any:
-            deferred = layer.finish_deferred(adapter_name, name) if with_gradient else None
-            return deferred or (tensors if isinstance(tensors, LeanGates) else gates_of(tensors))
-
         return [
-            Group(elements_of(layer, name, elements), whole and gates_of(whole))
+            Group(elements if isinstance(elements, LeanGates) else gates_of(elements), whole and gates_of(whole))
             for layer in layers
-            for name, (elements, whole) in layer.gates(adapter_name).items()
+            for elements, whole in layer.gates(adapter_name).values()
         ]
 
     def l0_penalty(self, adapter_name: str | None = None) -> Tensor:
         """The expected number of nonzeros, before lambda; a differentiable scalar (arXiv 2012.07463, equations 4, 6).
 
         In fixmask it is the number of nonzeros, and in gating without gates the number of adapted parameters; neither
-        has a gradient. A loop that differentiates it reads gradients of gates itself: none is deferred any more, see
-        [`defer_gate_gradients`].
+        has a gradient.
         """
         name = self._name(adapter_name)
-        if torch.is_grad_enabled():
-            self.defer_gate_gradients(False, name)
         config = self.peft_config[name]
         terms = [
             gates.expected_l0(
@@ -193,23 +185,6 @@ class GatingPhase(Serving):
             return 1.0
         return min(1.0, max(0.0, math.log(self.expected_density(name)) / math.log(target)))
 
-    def defer_gate_gradients(self, enabled: bool = True, adapter_name: str | None = None) -> None:
-        """Have [`gate_step`] make the gradients of gates from those of w (`diffpeft/deferred.py`), which saves their memory and
-        the time to fill it. [`DiffPruningCallback`] does.
-
-        After a backward pass `log_alpha.grad` of a large parameter is then None, so leave it off in a loop that reads these
-        gradients itself. A norm of all gradients is without them; clipping by it scales them with those of w. They are stored
-        as ever where they follow from nothing else: with several passes an update, several processes, parameters that a pass uses
-        several times, a fixed `l0_lambda`, and under torch.compile. The low-memory mode stores none in any case.
-        """
-        name = self._name(adapter_name)
-        config: DiffPruningConfig = self.peft_config[name]
-        for layer in self._layers(name):
-            if enabled and config.l0_lambda == "auto" and not config.low_memory:
-                layer.defer_gradients(name, config.stretch)
-            else:
-                layer.store_gradients(name)
-
     def update_in_backward(self, optimizer: torch.optim.Optimizer, adapter_name: str | None = None) -> InBackward:
         """With `low_memory=True`, have large diffs updated within the backward pass, and gradients of gates used up there. Call it
         once before training, or before training goes on; [`DiffPruningCallback`] does.
@@ -269,7 +244,6 @@ class GatingPhase(Serving):
         finished = [layer.finish_update(name) for layer in layers] if config.low_memory else []
         groups = self._groups(name, layers)
         sums = [one.grad.sum() for group in groups if isinstance(one := group.elements, Gates)]
-        sums += [one.probe() for group in groups if isinstance(one := group.elements, DeferredGates)]
         finite = all(finished) and (not sums or bool(torch.stack(sums).sum().isfinite()))
         l0_lambda, fused = math.nan, any(layer.fused for layer in layers)
         if finite:

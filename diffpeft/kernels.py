@@ -53,12 +53,6 @@ def _effective(
     out.copy_(stretch_and_clamp(s, stretch) * (w * whole) + base)
 
 
-def _by_diff(by_w: Tensor, grad: Tensor, w: Tensor, s: Tensor, whole: Tensor, stretch: Stretch) -> Tensor:
-    z = stretch_and_clamp(s, stretch)
-    by_w.copy_(z * (grad * whole))
-    return (z * w * grad).sum()
-
-
 def _gradients(
     by_w: Tensor,
     by_log_alpha: Tensor,
@@ -73,42 +67,9 @@ def _gradients(
 ) -> Tensor:
     s, grad = binary_concrete(log_alpha, uniform(seed, _places(w, start, rows))), grad.float()
     by_log_alpha.copy_(gate_slope(s, stretch) * (w * (grad * whole)))
-    return _by_diff(by_w, grad, w, s, whole, stretch)
-
-
-def _gradient(
-    by_w: Tensor,
-    grad: Tensor,
-    w: Tensor,
-    log_alpha: Tensor,
-    start: int,
-    whole: Tensor,
-    seed: Tensor,
-    stretch: Stretch,
-    rows: Tensor | None,
-) -> Tensor:
-    s = binary_concrete(log_alpha, uniform(seed, _places(w, start, rows)))
-    return _by_diff(by_w, grad.float(), w, s, whole, stretch)
-
-
-def _by_location(by_w: Tensor, w: Tensor, log_alpha: Tensor, places: Tensor, seed: Tensor, stretch: Stretch) -> Tensor:
-    s = binary_concrete(log_alpha, uniform(seed, places))
-    low, high = stretch
-    z = s * (high - low) + low
-    # Gates that are clamped have no gradient. One condition for all is the fastest form.
-    return torch.where((z > 0) & (z < 1), by_w * w * ((1 - s) * s * (high - low)) / z, 0.0)
-
-
-def _deferred(
-    out: Tensor, by_w: Tensor, w: Tensor, log_alpha: Tensor, start: int, seed: Tensor, stretch: Stretch
-) -> None:
-    out.copy_(_by_location(by_w, w, log_alpha, _places(w, start, None), seed, stretch))
-
-
-def _deferred_at(
-    out: Tensor, by_w: Tensor, w: Tensor, log_alpha: Tensor, places: Tensor, start: int, seeds: Tensor, stretch: Stretch
-) -> None:
-    out.copy_(_by_location(by_w, w, log_alpha, places, seeds, stretch))
+    z = stretch_and_clamp(s, stretch)
+    by_w.copy_(z * (grad * whole))
+    return (z * w * grad).sum()
 
 
 def open_units(log_alpha: Tensor, shift: float) -> Tensor:
@@ -132,26 +93,6 @@ def _automatic(log_alpha: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Ten
     log_alpha.copy_(log_alpha - torch.where(move > 0, rule[2], rule[1]) * move)
     exp_avg.copy_(mean)
     exp_avg_sq.copy_(square)
-
-
-def _automatic_idle(log_alpha: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, start: int, rule: Tensor) -> None:
-    _automatic(log_alpha, torch.zeros_like(exp_avg), exp_avg, exp_avg_sq, start, rule)
-
-
-def _automatic_deferred(
-    log_alpha: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    by_w: Tensor,
-    w: Tensor,
-    start: int,
-    seed: Tensor,
-    stretch: Stretch,
-    rule: Tensor,
-    rows: Tensor | None,
-) -> None:
-    grad = _by_location(by_w, w, log_alpha, _places(w, start, rows), seed, stretch)
-    _automatic(log_alpha, grad, exp_avg, exp_avg_sq, start, rule)
 
 
 def _penalised(grad: Tensor, log_alpha: Tensor, shift: float, weight: Tensor) -> Tensor:
@@ -268,42 +209,6 @@ def gradients(
     return by_w, by_log_alpha, by_whole
 
 
-def gradient(
-    grad: Tensor,
-    w: Tensor,
-    log_alpha: Tensor,
-    whole: Tensor,
-    seed: Tensor,
-    stretch: Stretch,
-    rows: Tensor | None = None,
-    fused: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """[`gradients`] without that by the locations."""
-    by_w = torch.empty_like(w)
-    tensors = [by_w, grad, w, log_alpha]
-    by_whole: Tensor = _run(_gradient, fused, tensors, whole, seed, stretch, rows, whole=rows is not None)
-    return by_w, by_whole
-
-
-def deferred_gradient(
-    by_w: Tensor, w: Tensor, log_alpha: Tensor, seed: Tensor, stretch: Stretch, fused: bool = False
-) -> Tensor:
-    """The gradient by the locations, from that by w: `by_w` w z' / z, and 0 where z is. Arguments as of [`effective`]."""
-    out = torch.empty_like(w)
-    _run(_deferred, fused, [out, by_w, w, log_alpha], seed, stretch)
-    return out
-
-
-def deferred_gradient_at(
-    by_w: Tensor, w: Tensor, log_alpha: Tensor, places: Tensor, seeds: Tensor, stretch: Stretch, fused: bool = False
-) -> Tensor:
-    """The same for some elements, all shape (n,), of any tensors: at `places`, int32, of those, with noise of `seeds`, int32, shape
-    (4, n)."""
-    out = torch.empty_like(w)
-    _run(_deferred_at, fused, [out, by_w, w, log_alpha, places], seeds, stretch, whole=True)
-    return out
-
-
 def open_elements(log_alpha: Tensor, stretch: Stretch, fused: bool = False) -> Tensor:
     """Sum of P(z > 0) over the elements in units of 2^-30, int64, shape (): the same whatever the order."""
     total: Tensor = _run(_open_elements, fused, [log_alpha], open_shift(stretch))
@@ -323,32 +228,6 @@ def automatic_(
     factors that correct the bias of the two moments. Returns what [`open_elements`] counts then."""
     _run(_automatic, fused, [log_alpha, grad, exp_avg, exp_avg_sq], rule)
     return open_elements(log_alpha, stretch, fused)  # while they are in a cache
-
-
-def automatic_idle_(
-    log_alpha: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, stretch: Stretch, rule: Tensor, fused: bool = False
-) -> Tensor:
-    """[`automatic_`] without a gradient."""
-    _run(_automatic_idle, fused, [log_alpha, exp_avg, exp_avg_sq], rule)
-    return open_elements(log_alpha, stretch, fused)
-
-
-def automatic_deferred_(
-    log_alpha: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    by_w: Tensor,
-    w: Tensor,
-    seed: Tensor,
-    stretch: Stretch,
-    rule: Tensor,
-    rows: Tensor | None = None,
-    fused: bool = False,
-) -> Tensor:
-    """[`automatic_`] with [`deferred_gradient`]; `rows` as of [`effective`]."""
-    tensors = [log_alpha, exp_avg, exp_avg_sq, by_w, w]
-    _run(_automatic_deferred, fused, tensors, seed, stretch, rule, rows, whole=rows is not None)
-    return open_elements(log_alpha, stretch, fused)
 
 
 def penalised_square(grad: Tensor, log_alpha: Tensor, stretch: Stretch, weight: Tensor, fused: bool = False) -> Tensor:

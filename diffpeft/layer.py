@@ -138,7 +138,6 @@ class DiffPruningLayer(Mergeable):
             self.noise.scratch,
             self.folding(adapter_name, name),
             key if keep else None,
-            self.deferral_of(adapter_name, name),
         )
 
     def changes_any(self, adapter_name: str) -> bool:

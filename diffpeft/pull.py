@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from diffpeft import kernels
-from diffpeft.deferred import DeferredGates
 from diffpeft.gate_groups import Gates, Group, is_small, open_wholes, owners
 from diffpeft.gates import Stretch, open_logit
 from diffpeft.kernels import BETAS, direction
@@ -66,19 +64,6 @@ def _of_small(columns: Sequence[Tensor], groups: Sequence[Group], which: Sequenc
     return [some([column], stride) for column in (*columns, index)]
 
 
-def _of_deferred(groups: Sequence[Group], which: Sequence[int], stride: int, stretch: Stretch, fused: bool) -> Columns:
-    gates = [one for index in which if isinstance(one := groups[index].elements, DeferredGates)]
-    log_alpha, *moments = (
-        some(list(column), stride)
-        for column in zip(*((one.log_alpha, one.exp_avg, one.exp_avg_sq) for one in gates), strict=True)
-    )
-    by_w, w = (some(list(column), stride) for column in zip(*((one.by_w, one.w) for one in gates), strict=True))
-    places, owner = _places_of_some(tuple(one.w.numel() for one in gates), stride, w.device)
-    seeds = torch.stack([one.seed for one in gates], 1).index_select(1, owner)
-    grad = kernels.deferred_gradient_at(by_w, w, log_alpha, places, seeds, stretch, fused)
-    return [log_alpha, grad, *moments, _indices(groups, which, stride)]
-
-
 def _of_lean(groups: Sequence[Group], which: int, stride: int) -> Columns:
     gates = groups[which].elements
     assert isinstance(gates, LeanGates)
@@ -94,17 +79,13 @@ def _indices(groups: Sequence[Group], which: Sequence[int], stride: int) -> Tens
     return torch.tensor(which, device=device).index_select(0, _places_of_some(sizes, stride, device)[1])
 
 
-def _sampled(
-    groups: Sequence[Group], small: Sequence[Tensor] | None, stride: int, stretch: Stretch, fused: bool
-) -> Columns:
+def _sampled(groups: Sequence[Group], small: Sequence[Tensor] | None, stride: int) -> Columns:
     kinds: dict[object, list[int]] = {}
     for index, group in enumerate(groups):
         kinds.setdefault("small" if is_small(group) else type(group.elements), []).append(index)
     parts = [_of_lean(groups, which, stride) for which in kinds.get(LeanGates, [])]
     if Gates in kinds:
         parts.append(_of_plain(groups, kinds[Gates], stride))
-    if DeferredGates in kinds:
-        parts.append(_of_deferred(groups, kinds[DeferredGates], stride, stretch, fused))
     if small is not None:
         parts.append(_of_small(small, groups, kinds["small"], stride))
     return [torch.cat(column) for column in zip(*parts, strict=True)]
@@ -120,7 +101,6 @@ class Sample:
         pace: the farthest that a gate moves.
         stretch: (l, r).
         ratio: see above.
-        fused: whether to compile.
     """
 
     def __init__(
@@ -131,10 +111,9 @@ class Sample:
         pace: float,
         stretch: Stretch,
         ratio: float,
-        fused: bool = False,
     ) -> None:
         stride = max(1, sum(group.elements.log_alpha.numel() for group in groups) // SAMPLE)
-        log_alpha, grad, exp_avg, exp_avg_sq, index = _sampled(groups, small, stride, stretch, fused)
+        log_alpha, grad, exp_avg, exp_avg_sq, index = _sampled(groups, small, stride)
         self.logit = open_logit(log_alpha, stretch)
         self.mean = torch.lerp(exp_avg, grad, 1 - BETAS[0]).div_(correction[0])
         self.square = (exp_avg_sq * BETAS[1]).addcmul_(grad, grad, value=1 - BETAS[1]).div_(correction[1])

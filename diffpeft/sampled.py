@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from diffpeft import kernels
 from diffpeft.autograd import compute_dtype, embedding_gradient
-from diffpeft.deferred import Deferral
 from diffpeft.gates import Stretch, stretch_and_clamp
 from diffpeft.noise import parts, uniform, uniform_at
 from diffpeft.scratch import Scratch
@@ -37,8 +36,6 @@ class Sample(NamedTuple):
     keep: Hashable = None
     """What the memory is known by in which the effective weight of a linear layer stays until the backward pass; None: it is
     made again."""
-    deferral: Deferral | None = None
-    """Sees to it that, where it applies, there is no such gradient."""
 
 
 class _Gates:
@@ -48,8 +45,6 @@ class _Gates:
         self.sample, self.seed = sample, parts(sample.seed, w.device)
         self.group_s: Tensor | None = None
         self.claim: object | None = None
-        if sample.deferral is not None and any(ctx.needs_input_grad):
-            sample.deferral.begin_use(self)
         if group_log_alpha is None:
             self.whole = w.new_ones(())
         else:
@@ -88,7 +83,7 @@ class _Gates:
     def gradients(
         self, grad: Tensor, w: Tensor, log_alpha: Tensor, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """By w, by the elements' locations, unless these are folded or deferred, and by the group's.
+        """By w, by the elements' locations, unless these are folded, and by the group's.
 
         Args:
             grad: of the effective parameter, or of `rows` of it, each of them once.
@@ -96,22 +91,16 @@ class _Gates:
             log_alpha: the locations.
             rows: int64, shape (n,).
         """
-        sample, by_elements = self.sample, None
-        stretch, fused, fold, deferral = sample.stretch, sample.fused, sample.fold, sample.deferral
+        stretch, fused, fold = self.sample.stretch, self.sample.fused, self.sample.fold
         own, own_log_alpha = (part if rows is None else part.index_select(0, rows) for part in (w, log_alpha))
-        gates = self.whole, self.seed, stretch, rows, fused
-        if deferral is not None and deferral.applies(self):
-            by_w, total = kernels.gradient(grad, own, own_log_alpha, *gates)
-            by_w = _spread(by_w, w, rows)
-            deferral.hold(by_w, self.seed, rows, total)
+        by_w, own_gradient, total = kernels.gradients(
+            grad, own, own_log_alpha, self.whole, self.seed, stretch, rows, fused
+        )
+        by_w, by_elements = _spread(by_w, w, rows), None
+        if fold is None:
+            by_elements = _spread(own_gradient, w, rows)
         else:
-            by_w, by_elements, total = kernels.gradients(grad, own, own_log_alpha, *gates)
-            by_w = _spread(by_w, w, rows)
-            if fold is None:
-                by_elements = _spread(by_elements, w, rows)
-            else:
-                fold(by_elements, rows)
-                by_elements = None
+            fold(own_gradient, rows)
         if self.group_s is None:
             return by_w, by_elements, None
         inside = (self.whole > 0) & (self.whole < 1)

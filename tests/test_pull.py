@@ -1,15 +1,11 @@
-"""The sample that lambda is solved for on: where it is taken, and that all forms of gates give the same."""
+"""The sample that lambda is solved for on: where it is taken."""
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffpeft import gate_groups, kernels, pull
-from diffpeft.deferred import DeferredGates
-from diffpeft.gate_groups import Gates, Group
-from diffpeft.noise import new_seed, parts
+from diffpeft import pull
 
-STRETCH = (-1.5, 1.5)
 sizes = st.lists(st.integers(1, 5000), min_size=1, max_size=5)
 
 
@@ -33,25 +29,3 @@ def test_memory_layout_does_not_matter():
     assert torch.equal(
         pull.some([tensor.contiguous(memory_format=torch.channels_last)], 7), pull.some([tensor.reshape(-1)], 7)
     )
-
-
-def test_deferred_gradients_are_sampled_as_stored_ones(device, monkeypatch):
-    monkeypatch.setattr(gate_groups, "SMALL", 500)
-    stored, deferred = [], []
-    for shape in ((40, 50), (30,), (25, 80), (400,)):
-        log_alpha, grad, w, exp_avg = (torch.randn(shape, device=device) for _ in range(4))
-        seed = parts(new_seed(), torch.device(device))
-        by_w, by_log_alpha, total = kernels.gradients(
-            grad, w, log_alpha, torch.ones((), device=device), seed, STRETCH, None
-        )
-        plain = Gates(log_alpha, by_log_alpha, exp_avg, exp_avg.square())
-        large = log_alpha.numel() > 500
-        own = DeferredGates(log_alpha, exp_avg, exp_avg.square(), w, by_w, seed, None, total, STRETCH)
-        stored.append(Group(plain, None))
-        deferred.append(Group(own if large else plain, None))
-    small = [
-        torch.cat([column.reshape(-1) for column in pair]) for pair in zip(stored[1][0], stored[3][0], strict=True)
-    ]
-    columns = [pull._sampled(groups, small, 7, STRETCH, False) for groups in (stored, deferred)]
-    torch.testing.assert_close(columns[1], columns[0], rtol=1e-5, atol=1e-7)
-    assert set(columns[0][-1].tolist()) == {0, 1, 2, 3}

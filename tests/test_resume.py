@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from trainers import Rows, arguments, make_trainer, peft_model
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from diffpeft import DiffPruningCallback, gate_groups, gate_tensors, last_checkpoint, layer
-from diffpeft.deferred import DeferredGates
+from diffpeft import DiffPruningCallback, last_checkpoint
 
 WEIGHTS, STATE = "adapter_model.safetensors", "trainer_state.json"
 
@@ -76,15 +75,6 @@ def check_resuming(tiny_bert, tmp_path, **options):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_resume_ends_bit_for_bit_where_the_unbroken_run_does(lean_tiny_bert, tmp_path, setting):
     check_resuming(lean_tiny_bert, tmp_path, **SETTINGS[setting])
-
-
-def test_so_it_does_where_gradients_of_gates_are_deferred(tiny_bert, tmp_path, monkeypatch):
-    moved, move = [], DeferredGates.move
-    monkeypatch.setattr(DeferredGates, "move", lambda *own: moved.append(own) or move(*own))
-    for module in (gate_tensors, gate_groups, layer):
-        monkeypatch.setattr(module, "SMALL", 1000)
-    check_resuming(tiny_bert, tmp_path)
-    assert moved
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
