@@ -5,15 +5,15 @@ The main path: [`DiffPruningConfig`] says what to learn, `peft.get_peft_model` b
 phases: gating, magnitude pruning, fixmask.
 """
 
-from diffpeft import log as _log
-from diffpeft.callback import DiffPruningCallback
 from diffpeft.config import DiffPruningConfig
-from diffpeft.extract import extract_diff
-from diffpeft.hub import push_to_hub
-from diffpeft.layer import DiffPruningLayer
+from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.model import DiffPruningModel
-from diffpeft.registration import register
-from diffpeft.resume import last_checkpoint
+from diffpeft.tools.extract import extract_diff
+from diffpeft.tools.hub import push_to_hub
+from diffpeft.trainer import log as _log
+from diffpeft.trainer.callback import DiffPruningCallback
+from diffpeft.trainer.resume import last_checkpoint
+from diffpeft.tuner.registration import register
 
 __version__ = "0.1.0"
 __all__ = [

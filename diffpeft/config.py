@@ -13,10 +13,10 @@ from peft.config import PeftConfig
 from peft.utils.constants import CONFIG_NAME
 from safetensors.torch import load_file
 
-from diffpeft import atomic, seal
-from diffpeft.card import update_card
+from diffpeft.files import atomic, seal
+from diffpeft.files.card import update_card
+from diffpeft.files.values import check_dtype
 from diffpeft.peft_type import DIFFPRUNING
-from diffpeft.values import check_dtype
 
 GROUP_PENALTIES = ("product", "additive")
 FARTHEST = 1e3

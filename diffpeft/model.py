@@ -8,15 +8,16 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from diffpeft import pruning, scan
-from diffpeft.adapter import GATING_PARAMETERS, VALUES
-from diffpeft.combining import Combining
 from diffpeft.config import DiffPruningConfig, check_density
-from diffpeft.gated_diff import GatedDiff
-from diffpeft.gating import GATING
-from diffpeft.layer import DiffPruningLayer
-from diffpeft.optimizer import check_replaceable, replace_parameters
-from diffpeft.sharding import check_whole
+from diffpeft.gates.scores import GatedDiff
+from diffpeft.layer.layer import DiffPruningLayer
+from diffpeft.layer.tensors import GATING_PARAMETERS, VALUES
+from diffpeft.sparse import scan
+from diffpeft.sparse import top_k as pruning
+from diffpeft.trainer.launch import check_whole
+from diffpeft.tuner.combining import Combining
+from diffpeft.tuner.gating import GATING
+from diffpeft.tuner.optimizer import check_replaceable, replace_parameters
 
 
 class DiffPruningModel(Combining):

@@ -15,7 +15,7 @@ from hypothesis import settings
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
-from diffpeft import factored
+from diffpeft.gates.update import factored
 
 settings.register_profile("diffpeft", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("diffpeft")

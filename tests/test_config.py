@@ -15,7 +15,7 @@ from transformers import trainer
 
 import diffpeft
 from diffpeft import DiffPruningConfig, DiffPruningModel
-from diffpeft.logs import DiffPruningLogCallback
+from diffpeft.trainer.logs import DiffPruningLogCallback
 
 NAN, INF = float("nan"), float("inf")
 
@@ -157,7 +157,7 @@ def test_peft_type_survives_copying_and_pickling():
 
 def test_importing_again_changes_nothing():
     members = list(PeftType)
-    for module in (diffpeft.peft_type, diffpeft.registration, diffpeft):
+    for module in (diffpeft.peft_type, diffpeft.tuner.registration, diffpeft):
         importlib.reload(module)
     assert list(PeftType) == members
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.DIFFPRUNING] is DiffPruningConfig is diffpeft.DiffPruningConfig

@@ -185,7 +185,7 @@ def test_l0_penalty_counts_and_has_the_closed_forms_gradient(tiny_bert):
     assert penalty.item() == pytest.approx(tuner.expected_nonzeros(), rel=1e-5)
     penalty.backward()
     group = tuner._groups("default", list(model.base_model.all_layers()))[0]
-    from diffpeft.gate_update import penalty_gradient
+    from diffpeft.gates.update.rules import penalty_gradient
 
     expected = penalty_gradient(group, (-1.5, 1.5), "product")
     assert torch.allclose(group.elements.grad, expected[0])

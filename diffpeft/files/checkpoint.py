@@ -1,0 +1,240 @@
+"""The tensors of a model, one at a time: from a directory of safetensors, or from a model in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from diffpeft.tuner.head import fresh_head
+
+Source: TypeAlias = "PreTrainedModel | str | os.PathLike[str]"
+"""A model in memory, or its directory."""
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+FLOATING = ("F", "BF")
+"""How safetensors' names of floating dtypes begin."""
+
+
+class _Stored(NamedTuple):
+    """Where a tensor is in a directory."""
+
+    file: Path
+    key: str
+    shape: torch.Size
+    floating: bool
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a model's tensors are, and how to get them. Names are those of the model in memory.
+
+    Attributes:
+        label: what to call the model in messages.
+        parameters: shapes of the floating parameters, tied ones once.
+        tied: shapes of parameters that are the same tensor as one of `parameters`, under their other names.
+        others: shapes of all other floating tensors: buffers, and what the model has no use for.
+        load: gives the tensor of any of these names; it is not kept.
+        backbone: the name of the backbone in a task model; None where it is not known or where the model is one.
+        heads: the modules of a fresh task head.
+        model_class: the model's class, where it is known.
+    """
+
+    label: str
+    parameters: dict[str, torch.Size]
+    tied: dict[str, torch.Size]
+    others: dict[str, torch.Size]
+    load: Callable[[str], Tensor]
+    backbone: str | None
+    heads: list[str]
+    model_class: type[PreTrainedModel] | None
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """A checkpoint's tensors, each read when it is asked for.
+
+    Args:
+        checkpoint: where they are.
+        names: their names in it by the names that they have here.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, names: dict[str, str]) -> None:
+        self.checkpoint, self.names = checkpoint, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.checkpoint.load(self.names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def open_checkpoint(source: Source) -> Checkpoint:
+    """The tensors of `source`, without reading them.
+
+    Args:
+        source: a model, or a directory with model.safetensors, or with its shards and their index. Where config.json names
+            an architecture of transformers, the names are those of the model that `from_pretrained` makes of it, else
+            those of the file.
+
+    Raises:
+        ValueError: no directory, or no safetensors in it; a shard or a parameter is missing; parameters that are put
+            together from several tensors on loading.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return _of_directory(Path(source))
+    if not isinstance(source, nn.Module):
+        raise ValueError(f"{type(source).__name__} is no model; pass a directory or a PreTrainedModel")
+    tensors = {**source.state_dict(keep_vars=True), **dict(source.named_parameters(remove_duplicate=False))}
+    floating = {name: tensor.shape for name, tensor in tensors.items() if tensor.is_floating_point()}
+    offloaded = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if offloaded:
+        raise ValueError(
+            f"{type(source).__name__}: {offloaded[0]} is offloaded; pass the directory of the model instead"
+        )
+    _check_unquantized(type(source).__name__, getattr(getattr(source, "config", None), "quantization_config", None))
+    return _checkpoint(type(source).__name__, floating, source, lambda name: tensors[name].detach())
+
+
+def parameter_shapes(source: Source) -> dict[str, torch.Size]:
+    """Shapes of all floating parameters of a model or of a directory, by their names in the model, tied ones once.
+
+    Raises:
+        ValueError: what [`open_checkpoint`] refuses.
+    """
+    return open_checkpoint(source).parameters
+
+
+def _check_unquantized(label: str, quantization: object) -> None:
+    if quantization is not None:
+        raise ValueError(f"{label} is quantised, and differences of quantised weights mean nothing; use it unquantised")
+
+
+def _checkpoint(
+    label: str,
+    floating: dict[str, torch.Size],
+    model: nn.Module | None,
+    load: Callable[[str], Tensor],
+) -> Checkpoint:
+    """Sorts the floating tensors by what the model has under their names; without a model, by the names."""
+    if model is None:
+        parameters, every = [name for name in floating if not name.endswith(STATISTICS)], set[str]()
+    else:
+        parameters = [name for name, _ in model.named_parameters() if name in floating]
+        every = {name for name, _ in model.named_parameters(remove_duplicate=False)} & floating.keys()
+    tied = every - set(parameters)
+    known = tied.union(parameters)
+    prefix = model.base_model_prefix if isinstance(model, PreTrainedModel) else ""
+    return Checkpoint(
+        label=label,
+        parameters={name: floating[name] for name in parameters},
+        tied={name: floating[name] for name in tied},
+        others={name: shape for name, shape in floating.items() if name not in known},
+        load=load,
+        backbone=prefix if model is not None and prefix in dict(model.named_children()) else None,
+        heads=[] if model is None else fresh_head(model),
+        model_class=type(model) if isinstance(model, PreTrainedModel) else None,
+    )
+
+
+def _of_directory(directory: Path) -> Checkpoint:
+    stored = _stored(directory)
+    skeleton = skeleton_of(directory)
+    if skeleton is not None:
+        stored = _renamed(stored, skeleton, directory)
+
+    def load(name: str) -> Tensor:
+        # Opened anew each time: an open file keeps every page that was read of it in memory.
+        with safe_open(stored[name].file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(stored[name].key)
+        return tensor
+
+    return _checkpoint(
+        str(directory), {name: tensor.shape for name, tensor in stored.items() if tensor.floating}, skeleton, load
+    )
+
+
+def _stored(directory: Path) -> dict[str, _Stored]:
+    """Every tensor of the directory by its name in the files."""
+    if (directory / INDEX).is_file():
+        shards = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
+        files = [directory / shard for shard in shards]
+    else:
+        files = [directory / WEIGHTS]
+    lost = [file.name for file in files if not file.is_file()]
+    if lost:
+        found = sorted(file.name for file in directory.glob("*.bin")) if directory.is_dir() else []
+        remedy = f"{found[:3]} are pickled; convert them with" if found else "write it with"
+        raise ValueError(
+            f"{directory} has no {lost[0]}; {remedy} from_pretrained and save_pretrained, which store safetensors"
+        )
+    stored = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    tensor = file.get_slice(key)
+                    floating = tensor.get_dtype().startswith(FLOATING)
+                    stored[key] = _Stored(path, key, torch.Size(tensor.get_shape()), floating)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); download or save it anew") from None
+    return stored
+
+
+def skeleton_of(directory: Path) -> PreTrainedModel | None:
+    """The model of a directory, of whose files config.json is enough, without its weights; None where its architecture is
+    not one of transformers."""
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+    except FileNotFoundError:
+        return None
+    _check_unquantized(str(directory), config.get("quantization_config"))
+    kind: Any = getattr(transformers, (config.get("architectures") or [""])[0], None)
+    if kind is None:
+        return None
+    with torch.device("meta"):
+        model: PreTrainedModel = kind(kind.config_class.from_pretrained(directory))
+    return model
+
+
+def _renamed(stored: dict[str, _Stored], skeleton: PreTrainedModel, directory: Path) -> dict[str, _Stored]:
+    """The tensors by their names in the model, as `from_pretrained` gives them; a tied one by its first name."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(skeleton)
+    renamings = [change for change in mapping if isinstance(change, WeightRenaming)]
+    converters = [change for change in mapping if isinstance(change, WeightConverter)]
+    wanted = dict(skeleton.named_parameters(remove_duplicate=False))
+    renamed: dict[str, _Stored] = {}
+    for key, tensor in stored.items():
+        name, converter = (key, None) if key in wanted else rename_source_key(key, renamings, converters)
+        if converter is not None and name in wanted:
+            raise ValueError(
+                f"{directory}: {name} is put together from several tensors of the file, {key} among them; load the model "
+                "with from_pretrained and pass it instead of the directory"
+            )
+        renamed[name] = tensor
+    by_identity = {id(parameter): renamed[name] for name, parameter in wanted.items() if name in renamed}
+    for name, parameter in wanted.items():
+        if id(parameter) in by_identity:
+            renamed.setdefault(name, by_identity[id(parameter)])
+    lost = [name for name, p in skeleton.named_parameters() if name not in renamed and p.is_floating_point()]
+    if lost:
+        raise ValueError(
+            f"{directory} lacks {len(lost)} parameters of {type(skeleton).__name__}, {lost[:3]}; load it with "
+            "from_pretrained, which initialises them, and pass the model instead of the directory"
+        )
+    return renamed

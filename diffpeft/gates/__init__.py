@@ -1,0 +1,1 @@
+"""Hard-concrete gates: sampling, and the forward and backward passes through them."""

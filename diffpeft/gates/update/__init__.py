@@ -1,0 +1,1 @@
+"""How the gates move."""

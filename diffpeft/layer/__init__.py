@@ -1,0 +1,1 @@
+"""One wrapped module of the base model."""

@@ -1,0 +1,37 @@
+"""Finding the wrapped modules of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch import nn
+
+from diffpeft.layer.tensors import AdapterTensors
+
+Layer = TypeVar("Layer", bound=AdapterTensors)
+
+
+def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()`, in their order, without the containers of adapters' tensors, which are most of them."""
+    seen: set[nn.Module] = set()
+    ahead: list[tuple[str, nn.Module | None]] = [("", model)]
+    while ahead:
+        name, module = ahead.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        children = module._modules
+        if children:
+            prefix = f"{name}." if name else ""
+            if isinstance(module, AdapterTensors):
+                ahead.append((f"{prefix}base_layer", children.get("base_layer")))
+            else:
+                ahead.extend([(prefix + key, child) for key, child in reversed(children.items())])
+
+
+def layers_in(model: nn.Module, kind: type[Layer]) -> list[Layer]:
+    """The wrapped modules of a model."""
+    # The look at the children spares most modules the slower one at their type.
+    return [m for _, m in outer_modules(model) if m._modules and isinstance(m, kind)]

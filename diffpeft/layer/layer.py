@@ -1,0 +1,361 @@
+"""One wrapped module of any type: its effective parameters, and running it with them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from diffpeft.gates import hard_concrete as gates
+from diffpeft.gates.functions import Sample, sampled_embedding, sampled_linear, sampled_parameter
+from diffpeft.gates.noise import NoisePass, may_be_replayed
+from diffpeft.gates.small_parameters import SMALL, Part, sampled_together
+from diffpeft.layer.find import layers_in
+from diffpeft.layer.merging import Mergeable
+from diffpeft.sparse.diff import sparse_parameter
+from diffpeft.sparse.functions import Diff, Patch, can_be_patched, patched_embedding, patched_linear, sampling_pays
+from diffpeft.sparse.kept_patch import KeptPatch, PatchSlot
+from diffpeft.tuner.mixed_batch import MixedBatch
+
+MANY = 1 << 20
+"""Elements of an embedding beyond which the rows of a batch are made, and no others."""
+
+
+class DiffPruningLayer(Mergeable):
+    """Wraps a module and replaces its own parameters theta by theta + delta whenever it runs or they are read.
+
+    Args:
+        base_layer: the module to wrap; its parameters stay as they are.
+        key: the module's name in the base model.
+        ties: parameters of `base_layer` that are the same tensor as one of another layer, which then owns the diff.
+        noise: gives the seeds of the gates' noise; one for the whole model.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        key: str,
+        ties: dict[str, tuple[DiffPruningLayer, str]],
+        noise: NoisePass | None = None,
+    ) -> None:
+        super().__init__(base_layer, key, ties)
+        self.noise = NoisePass() if noise is None else noise
+        self.fused = False
+        """Whether the gates' elementwise chains are compiled."""
+        self.mixed: MixedBatch | None = None
+        """Which rows of the batch belong to which adapter, while they differ."""
+        self._patchable_at: list[int] = []  # addresses of parameters that can be patched
+        self._patch_slot = PatchSlot()
+        self._running: dict[str, tuple[Tensor, Tensor]] = {}  # effective and plain parameters
+        self.train(base_layer.training)
+
+    def train(self, mode: bool = True) -> DiffPruningLayer:
+        """As of any module, but a batch norm keeps its running statistics: they are the base's, and no diff has them."""
+        super().train(mode)
+        if isinstance(self.base_layer, _BatchNorm):
+            self.base_layer.eval()
+        return self
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As PEFT's; what is merged is taken out first, since the base is read without running its module too."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
+
+    # Effective parameters
+
+    def _with_adapter(self, parameter: Tensor, adapter_name: str, name: str) -> Tensor:
+        """`parameter` plus the adapter's diff; gates are sampled in training mode only."""
+        if adapter_name in self.diffpruning_values:
+            if name not in self.diffpruning_values[adapter_name]:
+                return parameter
+            return sparse_parameter(parameter, self.kept_values(adapter_name, name), self.positions(adapter_name, name))
+        if adapter_name not in self.diffpruning_w:
+            return parameter
+        w = self._tensor("diffpruning_w", adapter_name, name)
+        if name not in self.diffpruning_log_alpha[adapter_name]:
+            return (parameter + w).to(parameter.dtype)
+        if self.training:
+            sample = self._sample(adapter_name, name)
+            made = self._made_together(adapter_name, name)
+            return sampled_parameter(parameter, *self._gates_of(adapter_name, name), sample) if made is None else made
+        return gates.gated_parameter(parameter, *self._gates_of(adapter_name, name), self.configs[adapter_name].stretch)
+
+    def _made_together(self, adapter_name: str, name: str) -> Tensor | None:
+        """A small effective parameter, which the first use of one in a pass makes for all; None for others."""
+        noise = self.noise
+        if noise.model is None or torch.compiler.is_compiling() or may_be_replayed():
+            return None
+        if noise.made is None:
+            noise.made, parts, device = {}, {}, self._device()
+            for layer in layers_in(noise.model, DiffPruningLayer):
+                if layer.noise is noise:
+                    parts.update(layer._small_parts(adapter_name, device))
+            if parts:
+                made = sampled_together(list(parts.values()), self.configs[adapter_name].stretch)
+                noise.made.update(zip(parts, made, strict=True))
+        return noise.made.get((self.key, adapter_name, name))
+
+    def _small_parts(self, adapter_name: str, device: torch.device) -> dict[tuple[str, str, str], Part]:
+        """The module's small parameters that one adapter changes, and whose gates are sampled."""
+        module: Any = self.base_layer
+        plain = not (self.disable_adapters or self.merged or self.quantized or self.is_offloaded()) and self.training
+        if (
+            not plain
+            or self.active_adapters != [adapter_name]
+            or self.mixed is not None
+            or not self.has_adapter(adapter_name)
+        ):
+            return {}
+        parts = {}
+        for name, log_alpha in self.diffpruning_log_alpha[adapter_name].items():
+            own = module._parameters.get(name)
+            apart = name == "weight" and type(module) in (nn.Linear, nn.Embedding)  # with a way of its own
+            apart = apart or log_alpha.numel() > SMALL or self.lean_gates(adapter_name, name) is not None
+            if own is not None and log_alpha.device == own.device == device and not apart:
+                key = self.key, adapter_name, name
+                parts[key] = Part(own, *self._gates_of(adapter_name, name), self.noise.seed_of(key))
+        return parts
+
+    def _gates_of(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """w, locations of the element gates, and location of the group gate if there is one."""
+        w, log_alpha = (self._tensor(f"diffpruning_{kind}", adapter_name, name) for kind in ("w", "log_alpha"))
+        return w, log_alpha, self.diffpruning_group_log_alpha[adapter_name].get(name, None)
+
+    def _sample(self, adapter_name: str, name: str) -> Sample:
+        """How a parameter's gates are sampled in this pass."""
+        config, key = self.configs[adapter_name], (self.key, adapter_name, name)
+        keep = not config.low_memory and not torch.compiler.is_compiling() and not may_be_replayed()
+        return Sample(
+            self.noise.seed(key),
+            config.stretch,
+            self.fused,
+            self.noise.scratch,
+            self.folding(adapter_name, name),
+            key if keep else None,
+        )
+
+    def changes_any(self, adapter_name: str) -> bool:
+        """Whether the adapter has a diff for one of the module's own parameters."""
+        return any(self.changes(adapter_name, name) for name in (*self.shapes, *self.ties))
+
+    def _selected(self, name: str, targeting: Collection[str]) -> list[str]:
+        """The adapters, of those that target the reading module, that change parameter `name` just now."""
+        if self.disable_adapters or self.merged:
+            return []
+        selected = self.active_adapters if self.mixed is None else self.mixed.selected(self, name)
+        return [adapter for adapter in selected if adapter in targeting and self.changes(adapter, name)]
+
+    def effective(self, name: str, targeting: Mapping[str, Any] | None = None) -> Tensor:
+        """The parameter `name` of the wrapped module as the active adapters change it.
+
+        With `targeting`, as those of them do that target another module, which is tied to this one by the parameter.
+        """
+        if name in self.ties:
+            owner: DiffPruningLayer = self.ties[name][0]
+            return owner.effective(self.ties[name][1], self.configs)
+        # While the module runs, its own attribute is the effective parameter already.
+        effective, plain = self._running.get(name, (None, None))
+        if effective is not None and (targeting is None or targeting.keys() >= set(self._selected(name, self.configs))):
+            return effective
+        parameter: Tensor = getattr(self.base_layer, name) if plain is None else plain
+        selected = self._selected(name, self.configs if targeting is None else targeting)
+        if selected and not parameter.is_floating_point():
+            raise ValueError(
+                f"{self.parameter_key(name)} is quantised and is read without running its module, so the diff of "
+                f"{selected} cannot be added; load the base model unquantised"
+            )
+        if selected and parameter.is_meta:
+            raise ValueError(
+                f"{self.parameter_key(name)} is offloaded and is read without running its module, so the diff of "
+                f"{selected} cannot be added; keep {self.key} on a device through device_map"
+            )
+        for adapter_name in selected:
+            parameter = self._with_adapter(parameter, adapter_name, name)
+        return parameter
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the wrapped module, hooks and all, with its effective parameters."""
+        if self.merged_adapters:
+            if self._disable_adapters:
+                self.unmerge()
+            elif "_hf_hook" not in self.base_layer.__dict__:
+                return self.base_layer(*args, **kwargs)
+        if self.is_offloaded():
+            return self._forward_offloaded(*args, **kwargs)
+        return self._forward(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not (self._disable_adapters or self.merged_adapters or torch.compiler.is_compiling()):
+            output = self._forward_lean(*args, **kwargs)
+            if output is not None:
+                return output
+        changed = {}
+        for name, parameter in self.base_layer.named_parameters(recurse=False):
+            if parameter.is_floating_point():
+                effective = self.effective(name)
+                if effective is not parameter:
+                    changed[name] = effective
+        if not changed:
+            output = self.base_layer(*args, **kwargs)
+        else:
+            own = dict(self.base_layer.named_parameters(recurse=False))
+            self._running = {name: (tensor, own[name]) for name, tensor in changed.items()}
+            try:
+                output = functional_call(self.base_layer, changed, args, kwargs)
+            finally:
+                self._running = {}
+        return self._add_to_quantized(output, *args) if self.quantized else output
+
+    def _forward_lean(self, *args: Any, **kwargs: Any) -> Any:
+        """The output without a copy of the weight, or None where that is not possible: then the effective parameters are made.
+
+        A module that has no children reads its parameters only while it runs, so that finished diffs can be patched in.
+        """
+        module: Any = self._modules["base_layer"]
+        if module._modules or self.quantized or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            return None
+        direct, kind = torch.is_grad_enabled(), type(module)
+        if kind is nn.Embedding and not direct:
+            direct = module.weight.numel() > MANY  # or else all of it would be patched for a few rows
+        if direct and kind in (nn.Linear, nn.Embedding) and len(args) == 1 and not kwargs and _is_plain(module):
+            selected = self._selected("weight", self.configs)
+            if len(selected) == 1 and "weight" in self.shapes:
+                run = self._linear if kind is nn.Linear else self._embedding
+                output = run(selected[0], *args)
+                if output is not None:
+                    return output
+        patch = None if torch.is_grad_enabled() else self._patch()
+        if patch is None:
+            return None
+        with patch:
+            return module(*args, **kwargs)
+
+    def _patch(self) -> Patch | KeptPatch | None:
+        """What to have in the module's parameters while it runs without gradients; None if that is not all of it."""
+        own: dict[str, nn.Parameter] = self._modules["base_layer"]._parameters  # type: ignore[union-attr,assignment]
+        addresses = [parameter.data_ptr() for parameter in own.values() if parameter is not None]
+        if self._patchable_at != addresses:  # parameters that are shared or laid out anew are elsewhere
+            if not all(parameter is None or can_be_patched(parameter) for parameter in own.values()):
+                return None
+            self._patchable_at = addresses
+        active = self.active_adapters
+        if len(active) == 1 and self.mixed is None and not self.ties:
+            if active[0] in self.diffpruning_w:
+                return None
+            fixed = self.fixed(active[0]) if active[0] in self.configs else ()
+            finished = [(own[name], values, positions) for name, values, positions in fixed]
+            kept = self._patch_slot.patch(finished) if self.fused and finished else None
+            return Patch(finished) if kept is None else kept
+        diffs = []
+        for name, parameter in own.items():
+            for adapter_name in self._selected(name, self.configs):
+                if adapter_name not in self.diffpruning_values or name not in self.shapes or parameter is None:
+                    return None
+                diffs.append((parameter, *self._diff(adapter_name, name)))
+        return Patch(diffs)
+
+    def _diff(self, adapter_name: str, name: str) -> Diff:
+        return Diff(self.kept_values(adapter_name, name), self.positions(adapter_name, name))
+
+    def _linear(self, adapter_name: str, x: Tensor) -> Tensor | None:
+        module: Any = self.base_layer
+        autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        if x.dtype != module.weight.dtype and not autocast:
+            return None  # nn.Linear says what is wrong
+        if adapter_name in self.diffpruning_values:
+            if not can_be_patched(module.weight):
+                return None
+            diff = self._diff(adapter_name, "weight")
+            sampling = sampling_pays(diff.values.numel(), module.weight.shape, x)
+            pattern = self.pattern(adapter_name, "weight") if sampling else None
+            return patched_linear(x, self._read("bias"), module.weight, diff, pattern, self.fused)
+        if not self._samples(adapter_name, "weight"):
+            return None
+        sample = self._sample(adapter_name, "weight")  # before the bias's
+        tensors = module.weight, *self._gates_of(adapter_name, "weight")
+        return sampled_linear(x, self._read("bias"), *tensors, sample)
+
+    def _embedding(self, adapter_name: str, ids: Tensor) -> Tensor | None:
+        module: Any = self.base_layer
+        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            return None
+        if adapter_name in self.diffpruning_values:
+            values, pattern = self.kept_values(adapter_name, "weight"), self.pattern(adapter_name, "weight")
+            return patched_embedding(ids, module.padding_idx, module.weight, values, pattern)
+        if not self._samples(adapter_name, "weight"):
+            return None
+        tensors = module.weight, *self._gates_of(adapter_name, "weight")
+        return sampled_embedding(ids, module.padding_idx, *tensors, self._sample(adapter_name, "weight"))
+
+    def _samples(self, adapter_name: str, name: str) -> bool:
+        """Whether the parameter's gates are sampled in this pass."""
+        return self.training and adapter_name in self.diffpruning_w and name in self.diffpruning_log_alpha[adapter_name]
+
+    def _forward_offloaded(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's parameters are elsewhere until it runs: bring them first, and keep its hook, which would bring
+        the plain ones again, out of the way."""
+        module: Any = self.base_layer
+        hook, hooked = module._hf_hook, module.forward
+        own = [tensors for name in self._all_names() for tensors in getattr(self, name).values()]
+        hooks = [(tensors, tensors._hf_hook) for tensors in own if hasattr(tensors, "_hf_hook")]
+        for tensors, its_hook in hooks:  # nothing else calls the containers of the adapters' tensors
+            its_hook.pre_forward(tensors)
+        self._check_loaded()
+        args, kwargs = hook.pre_forward(module, *args, **kwargs)
+        module.forward = module._old_forward
+        try:
+            output = self._forward(*args, **kwargs)
+        finally:
+            module.forward = hooked
+            for tensors, its_hook in hooks:
+                its_hook.post_forward(tensors, None)
+        return hook.post_forward(module, output)
+
+    def _add_to_quantized(self, output: Tensor, x: Tensor) -> Tensor:
+        """x delta^T on top of what the quantised weight gives: the sum of the two weights cannot be stored."""
+        for adapter_name in self._selected("weight", self.configs):
+            values = self.kept_values(adapter_name, "weight")
+            zeros = torch.zeros(self.shapes["weight"], dtype=x.dtype, device=x.device)
+            delta = sparse_parameter(zeros, values, self.positions(adapter_name, "weight"))
+            output = output + functional.linear(x, delta).to(output.dtype)
+        return output
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight: some models read it without calling the module."""
+        weight: Tensor = self._read("weight")
+        return weight
+
+    @property
+    def bias(self) -> Tensor:
+        """The effective bias."""
+        bias: Tensor = self._read("bias")
+        return bias
+
+    def _read(self, name: str) -> Any:
+        base_layer = self.base_layer
+        return self.effective(name) if base_layer._parameters.get(name) is not None else getattr(base_layer, name)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper lacks is the wrapped module's; its parameters are read as the adapters change them."""
+        modules = self.__dict__.get("_modules", ())
+        if name in modules:  # nearly always, and in a fraction of the time
+            return modules[name]
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not yet set: looking further would never end
+                raise
+            return self._read(name)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether running the module is its class's forward and nothing else."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and "forward" not in module.__dict__

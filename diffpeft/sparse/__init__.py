@@ -1,0 +1,1 @@
+"""Sparse diffs: positions, in-place updates, autograd, top-k, combining."""

@@ -1,0 +1,1 @@
+"""The command line, extraction, other formats, the Hub, pictures."""

@@ -1,0 +1,95 @@
+"""Which tensors of a base and of a fine-tuned model belong together, and which are heads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from diffpeft.files.checkpoint import Checkpoint
+from diffpeft.layer.root import RootParameters
+
+
+def align(old: Checkpoint, new: Checkpoint) -> dict[str, str]:
+    """The base's name of each parameter of the fine-tuned model that it has: the same, or one with the backbone's prefix
+    more or less, whichever finds the most. Raises ValueError where that is less than half."""
+    available = old.parameters.keys() | old.tied.keys() | old.others.keys()
+    prefixes = {prefix for prefix in (old.backbone, new.backbone) if prefix is not None}
+    prefixes = prefixes or {name.partition(".")[0] for name in (*available, *new.parameters)}
+    best = {name: name for name in new.parameters if name in available}
+    for prefix in sorted(prefixes):
+        more = {name: f"{prefix}.{name}" for name in new.parameters if f"{prefix}.{name}" in available}
+        dot = f"{prefix}."
+        less = {
+            name: name.removeprefix(dot)
+            for name in new.parameters
+            if name.startswith(dot) and name.removeprefix(dot) in available
+        }
+        best = max(best, more, less, key=len)
+    if 2 * len(best) < len(new.parameters):
+        raise ValueError(
+            f"{old.label} has only {len(best)} of the {len(new.parameters)} parameters of {new.label}, e.g. not "
+            f"{next(name for name in new.parameters if name not in best)}; use the base that it was fine-tuned from"
+        )
+    return best
+
+
+def inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether the tensor `name` is in one of the modules."""
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def whole_modules(old: Checkpoint, new: Checkpoint, names: dict[str, str]) -> list[str]:
+    """The modules to save whole: fresh heads, those whose parameters are all new, and heads of another
+    shape. Raises ValueError for a parameter of another shape, or a new one, in the backbone."""
+    heads = list(new.heads)
+    every = {**old.others, **old.tied, **old.parameters}
+    backbone = new.backbone or _largest(new)
+    for name, shape in new.parameters.items():
+        top = name.partition(".")[0]
+        if name in names and every[names[name]] != shape and not inside(name, heads):
+            if top == backbone or "." not in name or (new.backbone is None and new.model_class is not None):
+                raise ValueError(
+                    f"{name} is {tuple(every[names[name]])} in {old.label} and {tuple(shape)} in {new.label}, and no diff "
+                    "goes between shapes; resize the base as the fine-tuned model was, e.g. with resize_token_embeddings"
+                )
+            heads.append(top)
+    shared = {module for name in names if not inside(name, heads) for module in _ancestors(name)}
+    for name in new.parameters:
+        if name not in names and not inside(name, heads):
+            module = next((module for module in _ancestors(name) if module not in shared), None)
+            if module is None:
+                raise ValueError(
+                    f"{name} is only in {new.label}, in a module that {old.label} has too, so that neither a diff nor a head "
+                    "can hold it; use the base that it was fine-tuned from"
+                )
+            heads.append(module)
+    return heads
+
+
+def _largest(new: Checkpoint) -> str:
+    """The top-level module with the most parameters: the backbone, where nothing tells its name."""
+    sizes: dict[str, int] = {}
+    for name, shape in new.parameters.items():
+        top = name.partition(".")[0]
+        sizes[top] = sizes.get(top, 0) + shape.numel()
+    return max(sizes, key=lambda top: sizes[top])
+
+
+def _ancestors(name: str) -> list[str]:
+    """The modules around a parameter, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def excluded(modules: set[str], exclude: Sequence[str] | str) -> set[str]:
+    """The modules that PEFT would leave out. Raises ValueError for a name that matches none."""
+    found = set[str]()
+    for pattern in [exclude] if isinstance(exclude, str) else exclude:
+        regex = pattern if isinstance(exclude, str) else rf"(.*\.)?{re.escape(pattern)}"
+        matched = {module for module in modules if re.fullmatch(regex, module or RootParameters.NAME)}
+        if pattern and not matched:
+            raise ValueError(
+                f"exclude={pattern!r} matches no module with parameters; use names such as {sorted(modules)[-1]!r}"
+            )
+        found |= matched
+    return found

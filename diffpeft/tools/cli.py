@@ -1,0 +1,311 @@
+"""The command line: `diffpeft --help`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from diffpeft.config import DiffPruningConfig
+from diffpeft.files import fingerprint
+from diffpeft.files.adapter import Diff, read_adapter, read_config, write_adapter
+from diffpeft.files.adapter import owners as owners_of
+from diffpeft.files.checkpoint import LazyTensors, open_checkpoint, skeleton_of
+from diffpeft.files.values import stored_size
+from diffpeft.sparse.combine import combine as combine_diffs
+from diffpeft.sparse.compare import overlap
+from diffpeft.tools.export import to_checkpoint, to_coo, to_super_tuning
+from diffpeft.tools.extract import extract_diff
+from diffpeft.tools.hub import ADAPTER_FILES, CONFIG_FILES, MODEL_FILES, fetch
+from diffpeft.tools.plots import counts, draw
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at diffs, and make others from them.")
+# A pipe has no width; names must not be cut there.
+console, problems = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
+
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="The base model, a directory or on the Hub; default: what the config names."),
+]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Adapter = Annotated[str, typer.Argument(help="A finished adapter: a directory, or on the Hub.")]
+
+
+class Opened:
+    """An adapter, and the shapes of its base model's parameters."""
+
+    def __init__(self, adapter: str, base: str | None) -> None:
+        self.name, self.directory = adapter, fetch(adapter, ADAPTER_FILES)
+        named = read_config(self.directory)
+        if base is None and named.base_model_name_or_path is None:
+            raise ValueError(f"{adapter} does not tell its base model; give it with --base")
+        self.base = str(base or named.base_model_name_or_path)
+        shapes = _shapes(self.base, named.nnz_pattern or {})
+        self.config, self.diff, self.heads = read_adapter(self.directory, shapes)
+        self.shapes = {name: shape for name, shape in shapes.items() if name not in self.heads}
+
+    @property
+    def bytes(self) -> int:
+        """Of the adapter's weights file."""
+        return (self.directory / "adapter_model.safetensors").stat().st_size
+
+
+def _shapes(base: str, nnz: dict[str, int]) -> dict[str, torch.Size]:
+    """Shapes by the adapter's names, which lead through the backbone's name where the base is a bare backbone."""
+    shapes = dict(_base_shapes(base))
+    missing = sorted(nnz.keys() - shapes.keys())
+    for name in missing:
+        prefix, _, rest = name.partition(".")
+        if rest in shapes:
+            return {f"{prefix}.{key}": shape for key, shape in shapes.items()}
+    return shapes
+
+
+def _base_shapes(base: str) -> dict[str, torch.Size]:
+    try:
+        directory = fetch(base, CONFIG_FILES)
+    except ValueError as error:
+        raise ValueError(f"the base model: {error}; give another with --base") from None
+    model = None if Path(base).is_dir() else skeleton_of(directory)  # its weights need no download
+    if model is None:
+        return open_checkpoint(fetch(base, MODEL_FILES)).parameters
+    return {name: parameter.shape for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+
+
+def _differing_base(opened: Opened) -> list[str]:
+    """Parameters of the base model that are not those that the diff was made from; of a base on the Hub none is read."""
+    if not Path(opened.base).is_dir() or opened.config.base_fingerprint is None:
+        return []
+    checkpoint = open_checkpoint(opened.base)
+    names = {name: name if name in checkpoint.parameters else name.partition(".")[2] for name in opened.shapes}
+    found = {name: base for name, base in names.items() if base in checkpoint.parameters}
+    return fingerprint.differing(opened.config.base_fingerprint, LazyTensors(checkpoint, found))
+
+
+@contextmanager
+def _working(text: str) -> Iterator[Callable[[float], None]]:
+    """Shows how far a long work is; gives what tells it the share that is done."""
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=problems, transient=True) as progress:
+        task = progress.add_task(text, total=1.0)
+        yield lambda share: progress.update(task, completed=share)
+
+
+def _show(rows: list[dict[str, Any]], title: str, as_json: bool, total: dict[str, Any] | None = None) -> None:
+    if as_json:
+        print(json.dumps({"rows": rows, **({"total": total} if total else {})}, indent=1))
+        return
+    table = Table(title=title, title_justify="left")
+    for column in rows[0] if rows else (total or {}):
+        table.add_column(column, justify="left" if column in ("parameter", "adapter") else "right")
+    for row in rows:
+        table.add_row(*map(_cell, row.values()))
+    if total:
+        table.add_section()
+        table.add_row(*map(_cell, total.values()), style="bold")
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@app.command()
+def inspect(adapter: Adapter, base: Base = None, as_json: AsJSON = False) -> None:
+    """Nonzeros, density, norm and bytes of every parameter, and in all."""
+    opened = Opened(adapter, base)
+    rows = []
+    for name, (where, values) in opened.diff.items():
+        numel, k = opened.shapes[name].numel(), where.numel()
+        row: dict[str, Any] = {"parameter": name, "nonzeros": k, "density": k / numel, "norm": float(values.norm())}
+        rows.append({**row, "bytes": stored_size(k, numel, opened.config.value_dtype)})
+    parameters = sum(shape.numel() for shape in opened.shapes.values())
+    nonzeros = sum(row["nonzeros"] for row in rows)
+    norm = sum(row["norm"] ** 2 for row in rows) ** 0.5
+    total = {"parameter": "all", "nonzeros": nonzeros, "density": nonzeros / parameters, "norm": norm}
+    _show(rows, str(adapter), as_json, {**total, "bytes": opened.bytes})
+    if not as_json:
+        heads = f", heads {sorted(opened.heads)}" if opened.heads else ""
+        console.print(f"base {opened.base}: {parameters:,} parameters{heads}")
+
+
+@app.command()
+def plot(adapter: Adapter, picture: Path, base: Base = None) -> None:
+    """Draw where the diff lives: by layer and by kind of matrix."""
+    opened = Opened(adapter, base)
+    draw(counts(opened.diff), {name: shape.numel() for name, shape in opened.shapes.items()}, picture)
+    console.print(f"wrote {picture}")
+
+
+@app.command()
+def verify(
+    adapters: Annotated[list[str], typer.Argument(help="Directories, or on the Hub.")],
+    base: Base = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Read adapters whole and check all of them, and that a base in a directory is theirs; exit code 1 if one is not whole."""
+    rows = []
+    for directory in adapters:
+        try:
+            opened = Opened(directory, base)
+            other = _differing_base(opened)
+            verdict = f"{sum(counts(opened.diff).values())} nonzeros, whole"
+            if other:
+                verdict = f"made from other weights than {opened.base}: {len(other)} parameters differ, {other[:3]}"
+            rows.append({"adapter": directory, "whole": not other, "found": verdict})
+        except (ValueError, OSError) as error:
+            rows.append({"adapter": directory, "whole": False, "found": str(error)})
+    _show(rows, "", as_json)
+    raise typer.Exit(0 if all(row["whole"] for row in rows) else 1)
+
+
+@app.command()
+def diff(first: Adapter, second: Adapter, base: Base = None, as_json: AsJSON = False) -> None:
+    """What two adapters of one base share: positions, signs, direction."""
+    a, b = Opened(first, base), Opened(second, base)
+    whole, parameters = overlap(a.diff, b.diff)
+    rows = [
+        {
+            "parameter": name,
+            "first": part.nonzeros_a,
+            "second": part.nonzeros_b,
+            "shared": part.shared,
+            "jaccard": part.jaccard,
+            "same sign": part.same_sign / max(1, part.shared),
+            "cosine": part.cosine,
+        }
+        for name, part in {**parameters, "all": whole}.items()
+    ]
+    _show(rows[:-1], f"{first} and {second}", as_json, rows[-1])
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="The base model: a directory, or on the Hub.")],
+    finetuned: Annotated[str, typer.Argument(help="A full fine-tune of it: a directory, or on the Hub.")],
+    output: Annotated[Path, typer.Argument(help="Where the adapter goes.")],
+    density: Annotated[float, typer.Option(help="Nonzeros as a share of the parameters.")] = 0.005,
+    task_type: Annotated[str | None, typer.Option(help="For the adapter's config, e.g. SEQ_CLS.")] = None,
+    value_dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or int8.")] = "float32",
+) -> None:
+    """Turn a fully fine-tuned checkpoint into an adapter, tensor by tensor."""
+    old, new = fetch(base, MODEL_FILES), fetch(finetuned, MODEL_FILES)
+    named = None if Path(base).is_dir() else base
+    with _working(f"extracting {finetuned}") as progress:
+        found = extract_diff(
+            old, new, density, output, task_type=task_type, value_dtype=value_dtype, base_name=named, progress=progress
+        )
+    console.print(f"kept {found.kept:,} of {found.total:,} ({found.density:.4%}) in {output}")
+    for what, names in (("only in the base", found.only_in_base), ("buffers that differ", found.differing_buffers)):
+        if names:
+            console.print(f"{what}, not in the adapter: {', '.join(names)}")
+
+
+@app.command()
+def merge(adapter: Adapter, output: Path, base: Base = None) -> None:
+    """Write the base model with the diff merged, as a checkpoint of its own."""
+    opened = Opened(adapter, base)
+    directory = fetch(opened.base, MODEL_FILES)
+    with _working(f"merging {adapter}") as progress:
+        to_checkpoint(directory, opened.diff, output, opened.heads or None, progress)
+    console.print(f"wrote {output}")
+
+
+@app.command()
+def export(
+    adapter: Adapter,
+    output: Path,
+    to: Annotated[str, typer.Option(help="super-tuning, which PEFT loads without diffpeft, or coo.")],
+    base: Base = None,
+    leave_out: Annotated[bool, typer.Option(help="Leave out what the format cannot hold.")] = False,
+) -> None:
+    """Write the diff in another format."""
+    opened = Opened(adapter, base)
+    if to == "coo":
+        to_coo(opened.diff, opened.shapes, output)
+    elif to == "super-tuning":
+        model = skeleton_of(fetch(opened.base, CONFIG_FILES))
+        if model is None:
+            raise ValueError(f"{opened.base} does not tell its model's class, which says where its linear layers are")
+        found = to_super_tuning(
+            opened.diff,
+            model,
+            output,
+            opened.config.base_model_name_or_path,
+            opened.config.task_type,
+            leave_out,
+            heads=opened.heads or None,
+            modules_to_save=opened.config.modules_to_save,
+        )
+        console.print(f"{found.nonzeros:,} nonzeros, {found.padding:,} zeros of padding, left out: {found.left_out}")
+    else:
+        raise ValueError(f"--to {to} is not known; use super-tuning or coo")
+    console.print(f"wrote {output}")
+
+
+@app.command()
+def combine(
+    adapters: Annotated[list[str], typer.Argument(help="Adapters of one base.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the new adapter goes.")],
+    weights: Annotated[list[float] | None, typer.Option("--weight", "-w", help="One an adapter; default 1.")] = None,
+    combination_type: Annotated[str, typer.Option("--type", help="linear, ties, dare_linear, ...")] = "linear",
+    density: Annotated[float | None, typer.Option(help="Share of each diff's nonzeros; not for linear.")] = None,
+    target_density: Annotated[float | None, typer.Option(help="Nonzeros of the result at most, as a share.")] = None,
+    heads_from: Annotated[str | None, typer.Option(help="Whose heads to take, if several have some.")] = None,
+    base: Base = None,
+) -> None:
+    """Make one adapter of several."""
+    opened = [Opened(adapter, base) for adapter in adapters]
+    with_heads = [one for one in opened if one.heads]
+    chosen = [one for one in with_heads if one.name == heads_from] if heads_from else with_heads
+    if len(with_heads) > 1 and len(chosen) != 1:
+        raise ValueError(f"{[one.name for one in with_heads]} have heads, which cannot be summed; use --heads-from")
+    shapes = {name: shape for one in opened for name, shape in one.shapes.items()}
+    total = sum(shape.numel() for shape in shapes.values())
+    budget = None if target_density is None else max(1, round(target_density * total))
+    merged: Diff = combine_diffs(
+        [one.diff for one in opened],
+        weights or [1.0] * len(opened),
+        combination_type,
+        density=density,
+        max_nonzeros=budget,
+    )
+    source = chosen[0] if chosen else opened[0]
+    config = source.config
+    config.value_dtype = "float32"
+    _set_targets(config, [one.config for one in opened], merged)
+    wrapped = owners_of(shapes if config.target_modules is None else merged)
+    write_adapter(output, config, merged, shapes, source.heads or None, wrapped)
+    console.print(f"{sum(counts(merged).values()):,} nonzeros in {output}")
+
+
+def _set_targets(config: DiffPruningConfig, configs: list[DiffPruningConfig], merged: Diff) -> None:
+    """Have the config cover what the combined diff changes, where the adapters' own targets differ."""
+    fields = "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"
+    targets = [{name: getattr(one, name) for name in fields} for one in configs]
+    if all(target == targets[0] for target in targets):
+        return
+    for name in fields:
+        setattr(config, name, None)
+    if all(one.target_modules is not None for one in configs):
+        config.target_modules = sorted(owners_of(merged))
+
+
+def main() -> None:
+    """Run the command line; errors are one line and exit code 1."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        problems.print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(1)

@@ -1,0 +1,18 @@
+"""A finished diff in other formats: PEFT's Super-Tuning and SHiRA, COO, a merged checkpoint, patches for vLLM."""
+
+from diffpeft.tools.export.checkpoint import WeightPatch, to_checkpoint, to_weight_patches
+from diffpeft.tools.export.coo import from_coo, to_coo
+from diffpeft.tools.export.peft import Imported, SuperTuningExport, from_shira, from_super_tuning, to_super_tuning
+
+__all__ = [
+    "Imported",
+    "SuperTuningExport",
+    "WeightPatch",
+    "from_coo",
+    "from_shira",
+    "from_super_tuning",
+    "to_checkpoint",
+    "to_coo",
+    "to_super_tuning",
+    "to_weight_patches",
+]

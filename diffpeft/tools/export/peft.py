@@ -1,0 +1,235 @@
+"""Finished diffs to and from the adapters of PEFT's other sparse methods: Super-Tuning and SHiRA."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffpeft.files.atomic import replace_adapter
+from diffpeft.files.seal import canonical
+from diffpeft.layer.tensors import AdapterTensors
+from diffpeft.sparse.combine import Diff
+from diffpeft.tools.export.coo import check_diff, check_int32, flat
+
+PREFIX = "base_model.model."
+
+
+class SuperTuningExport(NamedTuple):
+    """What [`to_super_tuning`] wrote: `nonzeros` of the diff, zeros added as `padding`, and the nonzeros `left_out` of
+    each parameter that the format cannot hold."""
+
+    nonzeros: int
+    padding: int
+    left_out: dict[str, int]
+
+
+class Imported(NamedTuple):
+    """What an adapter of another method holds: its `diff`, and `heads`, the tensors of `modules_to_save` by name."""
+
+    diff: Diff
+    heads: dict[str, Tensor]
+
+
+def to_super_tuning(
+    diff: Diff,
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+    leave_out: bool = False,
+    *,
+    heads: Mapping[str, Tensor] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+) -> SuperTuningExport:
+    """Write a diff as an adapter of PEFT's Super-Tuning, which PEFT loads without diffpeft.
+
+    It holds `X.supertuning_indices` (int32, flat) and `X.supertuning_values` (fp32), both of shape (k,), of modules X
+    that are `nn.Linear`, for their weights alone (peft 0.21, `tuners/supertuning/layer.py`). As k must be
+    int(numel * (1 - sparsity)) in each with one `sparsity` for all, sparser weights are padded with zeros.
+
+    PEFT rounds values to the weight's dtype before it adds them: on a base of two bytes the sum is ours to the bit only
+    if `cast_values` had rounded them to that dtype.
+
+    Args:
+        diff: positions and values of shape (k,) by parameter name, as of `get_diff()`.
+        model: the base model, plain or with adapters, on any device, meta too: it tells which parameters are of `nn.Linear`.
+        directory: made if it is not there; an adapter in it is replaced.
+        base_model_name_or_path: for the config.
+        task_type: for the config.
+        leave_out: leave out what cannot be held instead of raising.
+        heads: tensors of the modules that are trained whole, by name in the base model.
+        modules_to_save: these modules, as the config of the diff's adapter names them; required with `heads`.
+
+    Raises:
+        ValueError: nonzeros elsewhere than in weights of `nn.Linear`, or in one that another module shares; no nonzeros;
+            a weight of more than 2^31 elements; a diff that does not fit the model.
+    """
+    from peft import SupertuningConfig
+
+    if heads and not modules_to_save:
+        raise ValueError(
+            f"{len(heads)} tensors of heads came without modules_to_save; pass that of the adapter's config"
+        )
+    parameters, linear = _parameters(model)
+    check_diff(diff, {name: parameter.shape for name, parameter in parameters.items()})
+    counts = {name: values.numel() for name, (_, values) in diff.items() if values.numel()}
+    left_out = {name: count for name, count in counts.items() if name not in linear}
+    if left_out and not leave_out:
+        examples = ", ".join(f"{count} in {name}" for name, count in list(left_out.items())[:3])
+        raise ValueError(
+            f"Super-Tuning holds weights of nn.Linear only, but {sum(left_out.values())} of {sum(counts.values())} nonzeros "
+            f"are in {len(left_out)} other parameters ({examples}); leave them out with leave_out=True, or train with "
+            'target_modules="all-linear", which still includes the biases of these modules'
+        )
+    held = {name: (count, parameters[name].numel()) for name, count in counts.items() if name in linear}
+    if not held:
+        raise ValueError("0 nonzeros are in weights of nn.Linear, so there is nothing to write; use another format")
+    sparsity = _sparsity(list(held.values()))
+    tensors = {PREFIX + name: head.detach().to("cpu", copy=True).contiguous() for name, head in (heads or {}).items()}
+    padding = 0
+    for name, (count, numel) in held.items():
+        check_int32(name, numel)
+        key, size = PREFIX + name.removesuffix("weight"), int(numel * (1 - sparsity))
+        where, values = (tensor.cpu() for tensor in diff[name])
+        padding += size - count
+        where, values = _padded(where, values.float(), size)
+        tensors[f"{key}supertuning_indices"], tensors[f"{key}supertuning_values"] = where.to(torch.int32), values
+    config = SupertuningConfig(
+        # A pattern, not a list, whose names would also match the ends of longer ones.
+        target_modules="|".join(re.escape(name.removesuffix(".weight")) for name in held),
+        modules_to_save=list(modules_to_save) if modules_to_save else None,
+        base_model_name_or_path=base_model_name_or_path,
+        task_type=task_type,
+        sparsity=sparsity,
+        inference_mode=True,
+    ).to_dict()
+    config["target_modules"] = str(config["target_modules"])
+    replace_adapter(Path(directory), tensors, json.dumps(config, indent=2, sort_keys=True))
+    return SuperTuningExport(sum(count for count, _ in held.values()), padding, left_out)
+
+
+def _parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], set[str]]:
+    """All parameters by their names in the base model, and those of them that Super-Tuning can hold."""
+    owners: dict[int, int] = {}
+    parameters, linear = {}, set()
+    for path, module in model.named_modules():
+        if isinstance(module, AdapterTensors):
+            continue
+        key = canonical(f"{path}.")
+        for name, parameter in module.named_parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+            parameters[key + name] = parameter
+            if isinstance(module, nn.Linear) and name == "weight" and parameter.is_floating_point():
+                linear.add(key + name)
+    return parameters, {name for name in linear if owners[id(parameters[name])] == 1}
+
+
+def _sparsity(counts: Collection[tuple[int, int]]) -> float:
+    """The largest sparsity at which PEFT's int(numel * (1 - sparsity)) is at least k for each (k, numel)."""
+    sparsity = 1 - max(k / numel for k, numel in counts)
+    while any(int(numel * (1 - sparsity)) < k for k, numel in counts):
+        sparsity = math.nextafter(sparsity, 0.0)
+    return sparsity
+
+
+def _padded(where: Tensor, values: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Zeros at the first free positions, up to `size` entries; of the first `size` positions, enough are free."""
+    free = torch.ones(size, dtype=torch.bool)
+    free[where[where < size]] = False
+    extra = free.nonzero().squeeze(1)[: size - where.numel()]
+    where, order = torch.cat([where, extra]).sort()
+    return where, torch.cat([values, values.new_zeros(extra.shape)])[order]
+
+
+def _read(directory: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    files = directory / CONFIG_NAME, directory / SAFETENSORS_WEIGHTS_NAME
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing; save the adapter with PEFT's save_pretrained, as safetensors")
+    config = json.loads(files[0].read_text())
+    if config.get("peft_type") != kind:
+        raise ValueError(f"{files[0]}: peft_type is {config.get('peft_type')!r}, not {kind!r}; use a {kind} adapter")
+    return config, {canonical(key): tensor for key, tensor in load_file(files[1]).items()}
+
+
+def _imported(file: Path, tensors: dict[str, Tensor], kind: str, keys: tuple[str, str], remedy: str) -> Iterator[Any]:
+    """Each weight's name, indices and values, which leave `tensors`; what then remains are heads."""
+    for key in [key for key in tensors if key.endswith(keys)]:
+        if key not in tensors:
+            continue
+        module = key.rpartition(".")[0]
+        pair = [tensors.pop(f"{module}.{part}", None) for part in keys]
+        if pair[0] is None or pair[1] is None:
+            lost = keys[0] if pair[0] is None else keys[1]
+            raise ValueError(
+                f"{file}: {module} has no {lost}, and without them a {kind} adapter says nothing; {remedy}"
+            )
+        if pair[0].shape[-1] != pair[1].numel():
+            raise ValueError(
+                f"{file}: {module} has {pair[0].shape[-1]} indices and {pair[1].numel()} values; it is damaged, save it anew"
+            )
+        yield f"{module}.weight", pair[0].long(), pair[1].float()
+
+
+def _summed(where: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted positions, each once, without those whose value is 0."""
+    unique, places = torch.unique(where, return_inverse=True)
+    total = values.new_zeros(unique.shape).index_add_(0, places, values)
+    return unique[total != 0], total[total != 0]
+
+
+def from_super_tuning(directory: str | os.PathLike[str]) -> Imported:
+    """Read an adapter of PEFT's Super-Tuning: the delta is its values at its indices, with no scaling.
+
+    Raises:
+        ValueError: a LoRA part (`r`), whose delta is dense; indices that were not saved
+            (`save_precomputed_indices=False`); a file is missing, damaged or of another method.
+    """
+    directory = Path(directory)
+    config, tensors = _read(directory, "SUPERTUNING")
+    if config.get("r") is not None:
+        raise ValueError(
+            f"{directory} has r={config['r']}: a LoRA changes every element of its weights, and a diff is sparse; merge the "
+            "adapter with PEFT and compare the result with the base model"
+        )
+    remedy = "load it with PEFT on its base model and save it with save_precomputed_indices=True"
+    keys = "supertuning_indices", "supertuning_values"
+    pairs = _imported(directory, tensors, "Super-Tuning", keys, remedy)
+    return Imported({name: _summed(where, values) for name, where, values in pairs}, tensors)
+
+
+def from_shira(directory: str | os.PathLike[str], shapes: Mapping[str, torch.Size]) -> Imported:
+    """Read an adapter of PEFT's SHiRA: values at (row, column) indices of shape (2, k), at the scaling 1.0 of loading.
+
+    PEFT always stores the indices, whatever mask or seed they came from (`tuners/shira/model.py`); a scaling other than
+    1.0 is set in memory only and is in no file.
+
+    Args:
+        directory: of the adapter.
+        shapes: of the base model's parameters by name, as of `diffpeft.files.checkpoint.parameter_shapes`.
+
+    Raises:
+        ValueError: no indices; a weight that `shapes` lacks or that has fewer rows or columns; a file is missing, damaged
+            or of another method.
+    """
+    directory = Path(directory)
+    _, tensors = _read(directory, "SHIRA")
+    remedy = "a seed gives the mask back only on the torch that drew it: save the adapter anew where it was trained"
+    diff: Diff = {}
+    for name, where, values in _imported(directory, tensors, "SHiRA", ("shira_indices", "shira_weight"), remedy):
+        if name not in shapes:
+            raise ValueError(
+                f"{directory}: {name} is no parameter of the base model; pass the shapes of its own base model"
+            )
+        diff[name] = _summed(flat(name, where, shapes[name]), values)
+    return Imported(diff, tensors)

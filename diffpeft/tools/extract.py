@@ -1,0 +1,236 @@
+"""A finished adapter from any fully fine-tuned model: its largest differences from the base, without any training."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffpeft.config import DiffPruningConfig, check_density
+from diffpeft.files import fingerprint
+from diffpeft.files.adapter import owners, write_adapter
+from diffpeft.files.checkpoint import Checkpoint, LazyTensors, Source, open_checkpoint
+from diffpeft.files.values import check_dtype, rounded
+from diffpeft.sparse.top_k import Scores, global_threshold
+from diffpeft.tools.alignment import align, excluded, inside, whole_modules
+
+CHUNK = 1 << 20
+"""Entries that are compared at once, so that what is alive beside a tensor is small."""
+
+
+class Extraction(NamedTuple):
+    """What [`extract_diff`] found. Names are those of the fine-tuned model's parameters, if nothing else is said."""
+
+    diff: dict[str, tuple[Tensor, Tensor]]
+    """(positions, values) of each parameter with nonzeros: flat, int64, sorted; shape (k,) both."""
+    kept: int
+    """Nonzeros of the diff."""
+    total: int
+    """Parameters of the fine-tuned model but for its heads: what densities are shares of, as everywhere."""
+    density: float
+    """kept / total."""
+    heads: dict[str, Tensor]
+    """The tensors that are saved whole, in the fine-tuned model's dtype."""
+    only_in_base: list[str]
+    """Parameters of the base that the fine-tuned model lacks, by their names in the base."""
+    differing_buffers: list[str]
+    """Buffers, such as a batch norm's running statistics, that differ. No adapter has them: the base's stay."""
+    per_parameter: dict[str, tuple[int, int]]
+    """(kept, elements) of each parameter that was compared."""
+
+
+def extract_diff(
+    base: Source,
+    finetuned: Source,
+    density: float = 0.005,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    exclude: Sequence[str] | str = (),
+    value_dtype: str = "float32",
+    task_type: str | None = None,
+    base_name: str | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Extraction:
+    """Turn a fully fine-tuned model into a finished adapter: the k largest |finetuned - base| of all tensors together.
+
+    k = round(density * parameters), or the number of entries that differ, where that is less. Tensors are read one pair at
+    a time, several times each, so that memory holds little more than the largest of them and the result. The base plus the
+    diff, rounded to the base's dtype, is the fine-tuned model where all that differs is kept, to within a rounding of the
+    larger of the two entries, and to the bit for entries of a bf16 model that did not shrink by more than fp32 can tell.
+
+    What is new in the fine-tuned model, and its fresh task head even where the base has one, is saved whole
+    (`modules_to_save`). A bare backbone and a task model around one are aligned; the adapter has the fine-tuned model's
+    names, and loads into that architecture. Buffers and tensors that are not floating stay the base's.
+
+    Args:
+        base: a model in memory, or a directory of safetensors, in one file or in shards with an index.
+        finetuned: as `base`.
+        density: nonzeros as a share of the fine-tuned model's parameters, heads not counted.
+        output: a directory to write the adapter into; None writes nothing.
+        exclude: modules to leave as in the base, as `exclude_modules` of the config: names or suffixes, or a regex.
+        value_dtype: of the values; "bfloat16", "float16" and "int8" make smaller files and less exact models.
+        task_type: for the adapter's config, e.g. "SEQ_CLS".
+        base_name: of the base model in the adapter's config, by default what `base` is.
+        progress: called with the share of the readings that are done, before each; there are four of every pair of tensors.
+
+    Raises:
+        ValueError: a directory that cannot be read; models that are not of one architecture; a parameter of the backbone
+            with another shape; differences that are NaN, infinite, or zero throughout; a density or an `exclude` that
+            leaves nothing.
+    """
+    check_density(density)
+    check_dtype(value_dtype)
+    old, new = open_checkpoint(base), open_checkpoint(finetuned)
+    names = align(old, new)
+    modules = whole_modules(old, new, names)
+    body = [name for name in new.parameters if not inside(name, modules)]
+    left_out = excluded(owners(body), exclude)
+    compared = [name for name in body if name.rpartition(".")[0] not in left_out]
+    total = sum(new.parameters[name].numel() for name in body)
+    k = round(density * total)
+    if k < 1 or not compared:
+        raise ValueError(
+            f"density={density} of {total} parameters, {len(compared)} tensors, is {k} nonzeros; use a higher one"
+        )
+    differences = _Differences(old, new, {name: names[name] for name in compared}, progress)
+    differing = sum(differences.count(name) for name in compared)
+    if not differing:
+        raise ValueError(f"{old.label} and {new.label} are the same outside the heads, so there is nothing to extract")
+
+    pairs = _largest(differences, min(k, differing))
+    diff = {name: (where, _rounded(values, value_dtype, name)) for name, (where, values) in pairs.items()}
+    heads = {
+        name: new.load(name).clone() for name in (*new.parameters, *new.tied, *new.others) if inside(name, modules)
+    }
+    shapes = {name: new.parameters[name] for name in compared}
+    if output is not None:
+        config = DiffPruningConfig(
+            task_type=task_type,
+            auto_mapping=None if task_type is not None else _mapping(new),
+            base_model_name_or_path=base_name or _path(base),
+            target_density=density,
+            modules_to_save=modules or None,
+            exclude_modules=(exclude if isinstance(exclude, str) else list(exclude)) or None,
+            value_dtype=value_dtype,
+            base_fingerprint=fingerprint.take(LazyTensors(old, {name: names[name] for name in compared})),
+        )
+        write_adapter(output, config, diff, shapes, heads)
+    count = min(k, differing)
+    used = set(names.values())
+    return Extraction(
+        diff=diff,
+        kept=count,
+        total=total,
+        density=count / total,
+        heads=heads,
+        only_in_base=[name for name in old.parameters if name not in used],
+        differing_buffers=list(_differing_buffers(old, new, modules)),
+        per_parameter={n: (diff[n][0].numel() if n in diff else 0, shape.numel()) for n, shape in shapes.items()},
+    )
+
+
+def _mapping(new: Checkpoint) -> dict[str, str] | None:
+    """What PEFT's auto classes load the base by."""
+    if new.model_class is None:
+        return None
+    return {"base_model_class": new.model_class.__name__, "parent_library": new.model_class.__module__}
+
+
+def _path(base: Source) -> str | None:
+    return os.fspath(base) if isinstance(base, (str, os.PathLike)) else getattr(base, "name_or_path", None) or None
+
+
+# Differences
+
+
+class _Differences:
+    """finetuned - base of one parameter at a time, fp32, flat; each takes the place of the one before.
+
+    Args:
+        old: the base.
+        new: the fine-tuned model.
+        names: the base's names by those in the fine-tuned model.
+        progress: called with the share of all readings that are done.
+    """
+
+    READINGS = 4
+    """Of each pair: one to count what differs, two to find the threshold, one to take what is above it."""
+
+    def __init__(
+        self, old: Checkpoint, new: Checkpoint, names: dict[str, str], progress: Callable[[float], None] | None
+    ) -> None:
+        self.old, self.new, self.names = old, new, names
+        self._progress, self._read = progress, 0
+        self._place = torch.empty(max(new.parameters[name].numel() for name in names))
+
+    def of(self, name: str) -> Tensor:
+        """The differences in the parameter `name`; they last until the next are asked for."""
+        if self._progress is not None:
+            self._progress(self._read / (self.READINGS * len(self.names)))
+        self._read += 1
+        delta = self._place[: self.new.parameters[name].numel()]
+        changed = self.new.load(name)
+        if changed.dtype == torch.float64:
+            return delta.copy_((changed - self.old.load(self.names[name]).to(changed.device)).reshape(-1))
+        delta.copy_(changed.reshape(-1))
+        del changed
+        return delta.sub_(self.old.load(self.names[name]).reshape(-1).to("cpu"))
+
+    def scores(self, name: str) -> Scores:
+        """Gives the magnitudes of [`of`]."""
+        return lambda: self.of(name).abs_()
+
+    def count(self, name: str) -> int:
+        """How many entries differ. Raises ValueError where a difference is not finite."""
+        delta = self.of(name).abs_()
+        if delta.numel() and not bool(torch.isfinite(delta.max())):
+            raise ValueError(
+                f"{name}: finetuned - base is NaN or infinite; one of {self.new.label} and {self.old.label} is damaged"
+            )
+        return int(delta.count_nonzero())
+
+
+def _largest(differences: _Differences, k: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Positions and values of the k largest differences of all, ties going to the first tensors and positions.
+
+    Like `global_top_k`, but nothing that stays is allocated between tensors that go: the holes that these leave would
+    be too small for the next, and memory would grow by a tensor for each.
+    """
+    threshold = global_threshold([differences.scores(name) for name in differences.names], k)
+    positions, values = torch.empty(k, dtype=torch.int64), torch.empty(k)
+    spans, filled, ties = {}, 0, threshold.ties
+    for name in differences.names:
+        delta, start = differences.of(name), filled
+        for offset in range(0, delta.numel(), CHUNK):
+            part = delta[offset : offset + CHUNK]
+            bits = part.abs().view(torch.int32)
+            where = torch.nonzero(bits >= threshold.bits).squeeze(1)
+            tied = bits[where] == threshold.bits
+            where = where[~tied | (tied.cumsum(0) <= ties)]
+            ties -= min(ties, int(tied.sum()))
+            span = slice(filled, filled + where.numel())
+            positions[span], values[span] = where + offset, part[where]
+            filled = span.stop
+        spans[name] = slice(start, filled)
+    return {n: (positions[span].clone(), values[span].clone()) for n, span in spans.items() if span.stop > span.start}
+
+
+def _rounded(values: Tensor, dtype: str, name: str) -> Tensor:
+    result = rounded(values, dtype)
+    if not bool(torch.isfinite(result).all()):
+        raise ValueError(f"{name}: differences are beyond {dtype}; use value_dtype='float32'")
+    return result
+
+
+def _differing_buffers(old: Checkpoint, new: Checkpoint, modules: list[str]) -> Iterator[str]:
+    buffers = [name for name in new.others if not inside(name, modules)]
+    for name in buffers:
+        dot = f"{old.backbone or new.backbone}."
+        for candidate in (name, name.removeprefix(dot), dot + name):
+            if candidate in old.others:
+                if not torch.equal(old.load(candidate), new.load(name)):
+                    yield name
+                break

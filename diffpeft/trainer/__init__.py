@@ -1,0 +1,1 @@
+"""The three phases in transformers' Trainer."""

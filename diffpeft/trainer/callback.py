@@ -1,0 +1,291 @@
+"""The three phases in the stock Trainer. Every step taken here is a public method of the model."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from diffpeft.gates.update.in_backward import InBackward
+from diffpeft.model import DiffPruningModel
+from diffpeft.trainer import resume
+from diffpeft.trainer.ddp import DDPFinder
+from diffpeft.trainer.launch import check_launch
+from diffpeft.trainer.logs import LEARNING_RATE
+from diffpeft.tuner.gating import FIXMASK, GATING
+
+logger = logging.getLogger(__name__)
+
+
+class DiffPruningCallback(TrainerCallback, ExportableState):
+    """Gating, then magnitude pruning, then fixmask, in one `trainer.train()`.
+
+    A run that is resumed, from the checkpoint that [`diffpeft.last_checkpoint`] names, ends bit for bit where the unbroken
+    one does. A run that is stopped in gating is pruned where it stops.
+
+    Args:
+        gating_ratio: gating's share of the run's steps, in (0, 1].
+        gating_steps: gating's length in optimizer steps, instead of a share. 0 only trains an adapter that is pruned.
+        fixmask_learning_rate: learning rate that fixmask starts with; from there it follows what is left of the
+            schedule. None: `FIXMASK_FACTOR` times the run's `learning_rate`.
+        fixmask_warmup_steps: over how many of its first steps fixmask's learning rate rises to that, in equal parts; below
+            1 a share of fixmask.
+
+    Raises:
+        ValueError: when training begins, if the model has no diff-pruning adapter, gating is longer than the run, or the
+            checkpoint that training resumes from is damaged or of another run: its config, base or length of gating.
+        FloatingPointError: gradients are NaN or infinite. The model is as it was before the update, but for diffs that
+            `low_memory=True` had updated by then.
+    """
+
+    FIXMASK_FACTOR = 10.0
+    """A sparse diff bears, and needs, a larger learning rate than the whole network; the reference has a factor of 5."""
+
+    MAX_SKIPPED = 64
+    """Updates in a row that fp16's gradient scaler may skip: it halves its scale each time, from 2^16."""
+
+    def __init__(
+        self,
+        gating_ratio: float = 0.5,
+        gating_steps: int | None = None,
+        fixmask_learning_rate: float | None = None,
+        fixmask_warmup_steps: float = 0,
+    ) -> None:
+        if gating_steps is None and not 0 < gating_ratio <= 1:
+            raise ValueError(f"gating_ratio={gating_ratio} is no share of the run; use 0 < gating_ratio <= 1")
+        if gating_steps is not None and gating_steps < 0:
+            raise ValueError(f"gating_steps={gating_steps} is negative; use 0 or more")
+        if fixmask_learning_rate is not None and not fixmask_learning_rate > 0:
+            raise ValueError(f"fixmask_learning_rate={fixmask_learning_rate} trains nothing; use a positive number")
+        if not 0 <= fixmask_warmup_steps < math.inf:
+            raise ValueError(f"fixmask_warmup_steps={fixmask_warmup_steps} is no number of steps; use 0 or more")
+        self.gating_ratio = gating_ratio
+        self.gating_steps = gating_steps
+        self.fixmask_learning_rate = fixmask_learning_rate
+        self.fixmask_warmup_steps = fixmask_warmup_steps
+        self.transition_step = 0
+        """The step at whose end pruning happens; known once training has begun."""
+        self._factors: list[float] = []  # fixmask's learning rate / the scheduled one, of each group of the optimizer
+        self._scheduled: list[Any] = []  # rates of the groups, while an update has another
+        self._skipped = 0
+        self._tuner: DiffPruningModel | None = None
+        self._settings: dict[str, Any] = {}
+        self._in_backward: InBackward | None = None
+        self._ddp = DDPFinder()
+
+    def state(self) -> dict[str, Any]:
+        """What the checkpoint's trainer_state.json keeps of the callback. The Trainer calls it when the adapter is saved."""
+        arguments = {
+            "gating_ratio": self.gating_ratio,
+            "gating_steps": self.gating_steps,
+            "fixmask_learning_rate": self.fixmask_learning_rate,
+            "fixmask_warmup_steps": self.fixmask_warmup_steps,
+        }
+        attributes = {"transition_step": self.transition_step, "_factors": self._factors}
+        if self._tuner is None:
+            return {"args": arguments, "attributes": attributes}
+        saved = {**self._settings, "adapter": resume.checksum(self._tuner, self._tuner.active_adapters[0])}
+        return {"args": arguments, "attributes": attributes, "saved": saved}
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Check how the Trainer was launched, before anything is sharded."""
+        tuner = DiffPruningModel.of(kwargs["model"])
+        if tuner is not None:
+            check_launch(args, tuner.phase() == GATING, self.fixmask_warmup_steps, _is_lean(tuner))
+            tuner.open_values()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that model, run and checkpoint fit together, before any work is done."""
+        model = kwargs["model"]
+        tuner = DiffPruningModel.of(model)
+        if tuner is None:
+            raise ValueError(
+                f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}); wrap it first: "
+                "model = get_peft_model(model, DiffPruningConfig())"
+            )
+        check_launch(args, tuner.phase() == GATING, self.fixmask_warmup_steps, _is_lean(tuner))
+        self.transition_step = self._gating_steps(state)
+        self._factors, self._scheduled, self._skipped = [], [], 0
+        name = tuner._name(None)
+        if state.global_step:
+            self._resume(tuner, name, state)
+        gating = tuner.phase() == GATING
+        if gating and state.global_step >= self.transition_step:
+            raise ValueError(
+                f"the adapter is in gating, but the run is at step {state.global_step} and gating ends after "
+                f"{self.transition_step}; use gating_steps > 0, and resume from a checkpoint that holds the adapter"
+            )
+        if not gating and state.global_step < self.transition_step:
+            raise ValueError(
+                f"the adapter is pruned already, but gating lasts until step {self.transition_step}; to go on in fixmask use "
+                "DiffPruningCallback(gating_steps=0)"
+            )
+        if not args.learning_rate > 0:
+            raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
+        if _is_lean(tuner):
+            self._in_backward = tuner.update_in_backward(kwargs["optimizer"])
+        self._tuner, self._settings = tuner, resume.settings(tuner, name)
+        self._ddp.watch(model)
+
+    def _gating_steps(self, state: TrainerState) -> int:
+        steps: int = self.gating_steps or 0
+        if self.gating_steps is None:
+            steps = max(1, round(self.gating_ratio * state.max_steps))
+        if steps > state.max_steps:
+            raise ValueError(
+                f"gating_steps={steps} is more than the {state.max_steps} steps of the run; lower it, or raise "
+                "num_train_epochs or max_steps"
+            )
+        return steps
+
+    def _resume(self, tuner: DiffPruningModel, adapter_name: str, state: TrainerState) -> None:
+        """Take up what the checkpoint says, if it is one of this run."""
+        entry: Any = state.stateful_callbacks.get(type(self).__name__)
+        if not isinstance(entry, dict) or "saved" not in entry:
+            raise ValueError(
+                f"the checkpoint of step {state.global_step} has no state of {type(self).__name__}: it was made without it, "
+                "or with two of them; resume from one that was made with one, or begin a new run"
+            )
+        before = entry["attributes"]["transition_step"]
+        if before != self.transition_step:
+            raise ValueError(
+                f"the checkpoint was made with {before} gating steps, this run has {self.transition_step}; resume with "
+                f"gating_steps={before}"
+            )
+        for name in ("fixmask_learning_rate", "fixmask_warmup_steps"):
+            told, mine = entry["args"].get(name), getattr(self, name)
+            if told != mine:
+                raise ValueError(
+                    f"the checkpoint was made with {name}={told}, this run has {mine}; resume with the checkpoint's, or begin "
+                    "a new run"
+                )
+        resume.check(tuner, adapter_name, entry["saved"])
+        self._factors = entry["attributes"]["_factors"]
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """In the low-memory mode, set the learning rate of the updates within the backward pass: as [`on_pre_optimizer_step`]
+        would, with the density that the last update has left."""
+        if self._in_backward is not None and self._tuner is not None:
+            self._in_backward.rate_factor = self._gating_factor(self._tuner, args)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the gates, once an update: after clipping, so that nothing scales the penalty; and set the learning rate.
+
+        With the automatic penalty the update's learning rate goes over to fixmask's as the expected density falls: the
+        fewer parameters carry the task, the farther each has to move. With a fixed lambda it stays as scheduled, as in
+        the paper. Fixmask's is a multiple of the scheduled one.
+        """
+        tuner, optimizer = self._tuner, kwargs["optimizer"]
+        if tuner is None:
+            return
+        if tuner.is_gated():
+            finite = not math.isnan(tuner.gate_step(state.global_step, self.transition_step))
+        else:
+            finite = _finite_gradients(optimizer)
+        self._check_finite(finite, args, state)
+        self._scheduled = [group["lr"] for group in optimizer.param_groups]
+        factors = self._rate_factors(tuner, args, state)
+        for group, factor in zip(optimizer.param_groups, factors, strict=True):
+            group["lr"] = group["lr"] * factor
+        setattr(state, LEARNING_RATE, float(optimizer.param_groups[0]["lr"]))
+
+    def _rate_factors(self, tuner: DiffPruningModel, args: TrainingArguments, state: TrainerState) -> list[float]:
+        """What the scheduled learning rate of each group is multiplied by."""
+        if state.global_step >= state.max_steps:  # the step that transformers takes when an ended run is resumed
+            return [0.0] * len(self._scheduled)
+        if tuner.phase() == GATING:
+            return [self._gating_factor(tuner, args)] * len(self._scheduled)
+        warmup = self.fixmask_warmup_steps
+        if warmup < 1:
+            warmup *= state.max_steps - self.transition_step
+        risen = min(1.0, (state.global_step + 1 - self.transition_step) / max(1.0, warmup))
+        return [risen * factor for factor in self._factors or [1.0] * len(self._scheduled)]
+
+    def _gating_factor(self, tuner: DiffPruningModel, args: TrainingArguments) -> float:
+        automatic = tuner.is_gated() and tuner.peft_config[tuner.active_adapters[0]].l0_lambda == "auto"
+        progress = tuner.sparsification() if automatic else 0.0
+        return float((self._fixmask_rate(args) / args.learning_rate) ** progress)
+
+    def _check_finite(self, finite: bool, args: TrainingArguments, state: TrainerState) -> None:
+        self._skipped = 0 if finite else self._skipped + 1
+        if not finite and (not args.fp16 or self._skipped > self.MAX_SKIPPED):
+            before = "but for diffs that low_memory=True had updated by then, " if self._in_backward is not None else ""
+            raise FloatingPointError(
+                f"the gradients of step {state.global_step + 1} are NaN or infinite"
+                f"{f', for the {self._skipped}th time in a row' if args.fp16 else ''}; {before}the model is as it was before "
+                "this update. Look at the loss and the data of this step, lower the learning rate, and resume from the last "
+                "checkpoint"
+            )
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the optimizer its scheduled learning rates back."""
+        for group, rate in zip(kwargs["optimizer"].param_groups, self._scheduled, strict=False):
+            group["lr"] = rate
+        self._scheduled = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """At the end of gating prune, before the step's evaluation and checkpoint."""
+        tuner = self._tuner
+        if tuner is None or state.global_step > self.transition_step:
+            return
+        # In gating a metric says little about the diff that will be: it must not choose the best checkpoint, which would
+        # be dense, nor stop training early, nor lower the learning rate.
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        scheduler = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])  # without Accelerate's wrapper
+        if isinstance(scheduler, ReduceLROnPlateau):
+            scheduler._reset()
+        if state.global_step < self.transition_step or tuner.phase() == FIXMASK:
+            return
+        summary = tuner.magnitude_prune(optimizer=kwargs["optimizer"])
+        self._in_backward = None
+        rates = [float(group["lr"]) for group in kwargs["optimizer"].param_groups]
+        self._factors = [self._fixmask_rate(args) / rate if rate > 0 else 1.0 for rate in rates]
+        self._ddp.rebuild()
+        if state.is_world_process_zero:
+            logger.info("step %d: %s", state.global_step, summary)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prune what was stopped in gating, and let go of the model."""
+        tuner, self._tuner = self._tuner, None
+        self._ddp.stop()
+        if self._in_backward is not None:
+            self._in_backward.remove()
+            self._in_backward = None
+        if tuner is not None and tuner.phase() == GATING:
+            warnings.warn(
+                f"training was stopped at step {state.global_step}, in gating, which lasts until step "
+                f"{self.transition_step}: the diff is pruned as it is and has no fixmask. To go on instead, resume from the "
+                "last checkpoint",
+                stacklevel=2,
+            )
+            tuner.magnitude_prune()
+
+    def _fixmask_rate(self, args: TrainingArguments) -> float:
+        return self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate
+
+
+def _is_lean(tuner: DiffPruningModel) -> bool:
+    """Whether the active adapter is in gating, in the low-memory mode."""
+    name = tuner.active_adapters[0]
+    return tuner.is_gated(name) and bool(tuner.peft_config[name].low_memory)
+
+
+def _finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return not gradients or bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all())

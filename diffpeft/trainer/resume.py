@@ -1,0 +1,134 @@
+"""What a Trainer's checkpoint must tell so that a run goes on from it exactly, and which checkpoint to go on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from diffpeft.layer.gating import GATING_BUFFERS
+from diffpeft.layer.tensors import GATING_PARAMETERS
+from diffpeft.model import DiffPruningModel
+from diffpeft.trainer.launch import is_sharded
+
+logger = logging.getLogger(__name__)
+
+DECISIVE = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_density",
+    "gated",
+    "structured",
+    "group_penalty",
+    "l0_lambda",
+    "gate_learning_rate",
+    "stretch",
+    "init_log_alpha",
+    "low_memory",
+)
+"""Fields of the config that a resumed run must have as the checkpoint's had them."""
+
+
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The latest checkpoint of a Trainer's `output_dir` that was written to its end; None if there is none.
+
+    transformers' own `get_last_checkpoint`, and `resume_from_checkpoint=True`, take the one with the highest number, though
+    a kill may have left it half written. The Trainer writes its state last, so a checkpoint with a whole one is whole.
+    """
+    found = [
+        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()
+    ]
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((path / TRAINER_STATE_NAME).read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            logger.warning("%s was not written to its end; it is passed over", path)
+        else:
+            return str(path)
+    return None
+
+
+def checksum(tuner: DiffPruningModel, adapter_name: str) -> int | None:
+    """Of all tensors of an adapter, whichever phase it is in, and of its heads: equal after saving and loading. None where
+    they are sharded: one process has no sum of all.
+
+    It is the sum of the tensors' bytes, taken as integers, which costs one pass over them where they are; of positions, that
+    of the decoded ones: their buffer follows the dtype of the file.
+    """
+    if any(is_sharded(parameter) for parameter in tuner.parameters()):
+        return None
+    total = 0
+    for layer in tuner.all_layers():
+        for attribute in (*GATING_PARAMETERS, *GATING_BUFFERS):
+            tensors = getattr(layer, attribute)
+            if adapter_name in tensors:
+                total += sum(_sum(tensor) for _, tensor in tensors[adapter_name].items())
+        if layer.has_adapter(adapter_name):
+            for name in layer.nnz(adapter_name) or ():
+                total += _sum(layer.positions(adapter_name, name)) + _sum(layer.kept_values(adapter_name, name))
+    for module in tuner.model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            total += sum(_sum(tensor) for tensor in module.modules_to_save[adapter_name].state_dict().values())
+    return total % (1 << 53)  # whole numbers that JSON readers keep
+
+
+def _sum(tensor: Tensor) -> int:
+    flat = tensor.detach().reshape(-1)
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    return int(flat.view(width).sum(dtype=torch.int64))
+
+
+def settings(tuner: DiffPruningModel, adapter_name: str) -> dict[str, Any]:
+    """What decides where a run ends: the config, as JSON has it, and the fingerprint of the base model."""
+    config = tuner.peft_config[adapter_name].to_dict()
+    decisive = {name: config[name] for name in DECISIVE}
+    for name, value in decisive.items():
+        if isinstance(value, (set, frozenset)):
+            decisive[name] = sorted(value)
+    told: dict[str, Any] = json.loads(json.dumps({"config": decisive, "base": config["base_fingerprint"]}))
+    return told
+
+
+def check(tuner: DiffPruningModel, adapter_name: str, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the adapter, as it was loaded, its config and its base are those of a checkpoint.
+
+    Args:
+        tuner: after loading.
+        adapter_name: the adapter that trains.
+        saved: [`settings`] and, as "adapter", the [`checksum`] from when the checkpoint was written.
+    """
+    now = settings(tuner, adapter_name)
+    for name, before in saved["config"].items():
+        if now["config"].get(name) != before:
+            raise ValueError(
+                f"the checkpoint was made with {name}={before!r}, this run has {now['config'].get(name)!r}; resume with "
+                f"the checkpoint's, or begin a new run"
+            )
+    whole = not any(is_sharded(parameter) for parameter in tuner.parameters())
+    if whole:
+        other = tuner.differing_base(adapter_name, saved["base"] or {})
+    else:  # what was noted when the adapter was made, before the base was sharded
+        noted = now["base"] or {}
+        other = [name for name, bits in (saved["base"] or {}).items() if noted.get(name) != bits]
+    if other:
+        raise ValueError(
+            f"the checkpoint was made on another base model: {len(other)} parameters differ, {other[:3]}; resume on "
+            f"{tuner.peft_config[adapter_name].base_model_name_or_path!r} as it was, or begin a new run"
+        )
+    if whole and saved.get("adapter") != checksum(tuner, adapter_name):
+        raise ValueError(
+            "the adapter that was loaded is not the one of the checkpoint: its file is damaged, or was not loaded; "
+            "resume from an earlier checkpoint"
+        )

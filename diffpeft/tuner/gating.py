@@ -1,0 +1,287 @@
+"""The tuner's part in gating: what the gates of an adapter are worth, and moving them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffpeft.config import DiffPruningConfig
+from diffpeft.files.values import stored_size
+from diffpeft.gates import hard_concrete as gates
+from diffpeft.gates.update import rules as gate_update
+from diffpeft.gates.update.in_backward import InBackward
+from diffpeft.gates.update.low_memory import LeanGates
+from diffpeft.gates.update.state import Gates, Group, expected_nonzeros, open_elements
+from diffpeft.layer.find import outer_modules
+from diffpeft.layer.gating import GATING_BUFFERS, GateTensors
+from diffpeft.layer.layer import DiffPruningLayer
+from diffpeft.layer.tensors import is_quantized, own_shapes
+from diffpeft.sparse import elias_fano as positions
+from diffpeft.trainer.launch import check_low_memory, check_whole
+from diffpeft.tuner.serving import Serving
+
+GATING, FIXMASK = "gating", "fixmask"
+
+
+class _Opened(NamedTuple):
+    """How many gates of an adapter are open."""
+
+    moves: Any
+    """How often they had moved by then."""
+    elements: Tensor
+    """Sum of P(element open) of each group."""
+    expected: float
+    """The expected number of nonzeros."""
+
+
+class GatingPhase(Serving):
+    """Phases, expected density, and a step of the gates. Methods take the adapter's name, by default the active adapter's."""
+
+    def _layers(self, adapter_name: str) -> list[DiffPruningLayer]:
+        return [layer for layer in self.all_layers() if layer.has_adapter(adapter_name)]
+
+    def _name(self, adapter_name: str | None) -> str:
+        if adapter_name is None:
+            if len(self.active_adapters) != 1:
+                raise ValueError(f"active adapters are {self.active_adapters}; say which one you mean by adapter_name=")
+            adapter_name = self.active_adapters[0]
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
+        return adapter_name
+
+    def num_base_parameters(self) -> int:
+        """Parameters of the base model, adapted or not, tied ones once, heads in `modules_to_save` not counted."""
+        adapters = tuple(self.peft_config)  # with them come and go the heads that are trained whole
+        counted: tuple[tuple[str, ...], int] | None = self.__dict__.get("_counted")
+        if counted is None or counted[0] != adapters:
+            counted = self.__dict__["_counted"] = adapters, self._count_base_parameters()
+        return counted[1]
+
+    def _count_base_parameters(self) -> int:
+        packed = {id(p): module for module in self.model.modules() if is_quantized(module) for p in [module.weight]}
+        return sum(
+            own_shapes(packed[id(p)])["weight"].numel() if id(p) in packed else p.numel()
+            for _, p in self.base_parameters()
+        )
+
+    def adapted_parameters(self, adapter_name: str | None = None) -> dict[str, int]:
+        """Number of elements of every parameter that the adapter covers, by its name in the base model."""
+        layers = self._layers(self._name(adapter_name))
+        return {layer.parameter_key(n): shape.numel() for layer in layers for n, shape in layer.shapes.items()}
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The gates' moments, by name in the PeftModel. They follow from gradients that are equal on all ranks;
+        DistributedDataParallel, which reads this name, would send them around in every forward."""
+        names = [name for name, _ in self.named_buffers()]
+        return [f"base_model.{name}" for name in names if any(f".{part}." in name for part in GATING_BUFFERS)]
+
+    def phase(self, adapter_name: str | None = None) -> str:
+        """The adapter's phase: "gating" or "fixmask"."""
+        name = self._name(adapter_name)
+        found = (module for _, module in outer_modules(self.model) if isinstance(module, DiffPruningLayer))
+        return GATING if any(layer.is_gating(name) for layer in found) else FIXMASK
+
+    def is_gated(self, adapter_name: str | None = None) -> bool:
+        """Whether the adapter is in gating and has gates."""
+        name = self._name(adapter_name)
+        return self.peft_config[name].gated and self.phase(name) == GATING
+
+    def _groups(self, adapter_name: str, layers: Sequence[DiffPruningLayer], with_gradient: bool = True) -> list[Group]:
+        """All gates; without gradients the locations stand in their place."""
+
+        def gates_of(tensors: GateTensors) -> Gates:
+            log_alpha, exp_avg, exp_avg_sq = tensors
+            grad = log_alpha.grad if with_gradient else log_alpha.detach()
+            return Gates(log_alpha.detach(), torch.zeros_like(log_alpha) if grad is None else grad, exp_avg, exp_avg_sq)
+
+        return [
+            Group(elements if isinstance(elements, LeanGates) else gates_of(elements), whole and gates_of(whole))
+            for layer in layers
+            for elements, whole in layer.gates(adapter_name).values()
+        ]
+
+    def l0_penalty(self, adapter_name: str | None = None) -> Tensor:
+        """The expected number of nonzeros, before lambda; a differentiable scalar (arXiv 2012.07463, equations 4, 6).
+
+        In fixmask it is the number of nonzeros, and in gating without gates the number of adapted parameters; neither
+        has a gradient.
+        """
+        name = self._name(adapter_name)
+        config = self.peft_config[name]
+        terms = [
+            gates.expected_l0(
+                element.log_alpha, None if whole is None else whole.log_alpha, config.stretch, config.group_penalty
+            )
+            for layer in self._layers(name)
+            for element, whole in layer.gates(name).values()
+        ]
+        if terms:
+            return torch.stack(terms).sum()
+        return torch.tensor(float(self._count(name)))
+
+    def _count(self, adapter_name: str) -> int:
+        """Elements of w in gating, nonzeros in fixmask."""
+        layers = self._layers(adapter_name)
+        if self.phase(adapter_name) == FIXMASK:
+            return sum(sum((layer.nnz(adapter_name) or {}).values()) for layer in layers)
+        return sum(shape.numel() for layer in layers for shape in layer.shapes.values())
+
+    @torch.no_grad()
+    def num_nonzeros(self, adapter_name: str | None = None) -> int:
+        """Nonzeros of the diff; in gating, those under deterministic gates."""
+        name = self._name(adapter_name)
+        if self.phase(name) == FIXMASK:
+            return self._count(name)
+        layers = self._layers(name)
+        return sum(int(layer.dense_delta(name, p).count_nonzero()) for layer in layers for p in layer.shapes)
+
+    def expected_nonzeros(self, adapter_name: str | None = None) -> float:
+        """Expected number of nonzeros of the diff: sum over elements of P(element open) P(group open)."""
+        name = self._name(adapter_name)
+        return self._opened(name, self._layers(name)).expected if self.is_gated(name) else float(self._count(name))
+
+    def _opened(self, adapter_name: str, layers: Sequence[DiffPruningLayer]) -> _Opened:
+        """How many gates are open: counted once for as long as no gate moves."""
+        known: _Opened | None = self.__dict__.get("_last_opened")
+        if known is None or known.moves != _moves(adapter_name, layers):
+            groups = self._groups(adapter_name, layers, with_gradient=False)
+            stretch, fused = self.peft_config[adapter_name].stretch, any(layer.fused for layer in layers)
+            known = self._note_opened(adapter_name, layers, groups, open_elements(groups, stretch, fused))
+        return known
+
+    def _note_opened(
+        self, adapter_name: str, layers: Sequence[DiffPruningLayer], groups: Sequence[Group], elements: Tensor
+    ) -> _Opened:
+        expected = expected_nonzeros(groups, self.peft_config[adapter_name].stretch, elements)
+        known = self.__dict__["_last_opened"] = _Opened(_moves(adapter_name, layers), elements, expected)
+        return known
+
+    def expected_density(self, adapter_name: str | None = None) -> float:
+        """Expected nonzeros as a share of all base parameters, adapted or not."""
+        return self.expected_nonzeros(adapter_name) / self.num_base_parameters()
+
+    def adapter_bytes(self, adapter_name: str | None = None) -> int:
+        """Bytes that the diff takes in a file; in gating an estimate, for the expected nonzeros spread evenly."""
+        name = self._name(adapter_name)
+        layers = self._layers(name)
+        if self.phase(name) == FIXMASK:
+            dtype = self.peft_config[name].value_dtype
+            parts = [(k, layer.shapes[p].numel()) for layer in layers for p, k in (layer.nnz(name) or {}).items()]
+            return sum(stored_size(count, numel, dtype) for count, numel in parts)
+        share = self.expected_nonzeros(name) / self._count(name)
+        sizes = [shape.numel() for layer in layers for shape in layer.shapes.values()]
+        return sum(positions.packed_size(round(share * n), n) + 4 * round(share * n) for n in sizes)
+
+    def sparsification(self, adapter_name: str | None = None) -> float:
+        """How far gating has come, from 0 at a dense diff to 1 at `target_density`, in the logarithm of the density."""
+        name = self._name(adapter_name)
+        if not self.is_gated(name):
+            return 0.0
+        target = self.peft_config[name].target_density
+        if target == 1.0:
+            return 1.0
+        return min(1.0, max(0.0, math.log(self.expected_density(name)) / math.log(target)))
+
+    def update_in_backward(self, optimizer: torch.optim.Optimizer, adapter_name: str | None = None) -> InBackward:
+        """With `low_memory=True`, have large diffs updated within the backward pass, and gradients of gates used up there. Call it
+        once before training, or before training goes on; [`DiffPruningCallback`] does.
+
+        The diffs take learning rate and weight decay of their group of the optimizer as they are during backward. Pruning
+        ends it.
+
+        Args:
+            optimizer: of Adam's family, made of `model.parameters()`.
+            adapter_name: the adapter, by default the active one.
+
+        Returns:
+            What ends it before, with `remove()`, and has a factor for the learning rates, `rate_factor`.
+
+        Raises:
+            ValueError: the adapter is pruned or its config has no low_memory=True; more than one process; fp16 with gradient
+                scaling; what [`diffpeft.gates.update.in_backward.InBackward`] refuses.
+        """
+        name = self._name(adapter_name)
+        if self.phase(name) != GATING or not self.peft_config[name].low_memory:
+            raise ValueError(
+                f"adapter {name!r} is in {self.phase(name)} and has low_memory={self.peft_config[name].low_memory}; "
+                "update_in_backward is for gating with DiffPruningConfig(low_memory=True)"
+            )
+        check_low_memory()
+        return InBackward(optimizer, [one for layer in self._layers(name) for one in layer.watched(name)])
+
+    @torch.no_grad()
+    def gate_step(self, step: int, gating_steps: int, adapter_name: str | None = None) -> float:
+        """Move the gates once, from the gradients of the task loss on them, and clear these gradients.
+
+        Call it once an update, after backward and gradient clipping and before `optimizer.step()`, which then has
+        nothing to do for the gates. [`DiffPruningCallback`] does. An update whose gradients are not finite is skipped,
+        as a gradient scaler skips its own. With `low_memory=True` the gradients are in the gates' moments by then, but for what
+        was not finite.
+
+        Args:
+            step: updates done so far, from 0.
+            gating_steps: length of the gating phase.
+            adapter_name: the adapter, by default the active one.
+
+        Returns:
+            The lambda that was used: the config's, or the one that was solved for; NaN if the update was skipped.
+
+        Raises:
+            ValueError: the adapter is pruned; parameters are sharded; with `low_memory=True` gradients that were to be used up
+                in the backward pass.
+        """
+        name = self._name(adapter_name)
+        if self.phase(name) != GATING:
+            raise ValueError(f"adapter {name!r} is in fixmask, its gates are gone; do not call gate_step after pruning")
+        config: DiffPruningConfig = self.peft_config[name]
+        if not config.gated:
+            return 0.0
+        layers = self._layers(name)
+        check_whole((location for layer in layers for location in layer.gate_locations(name)), "gate_step")
+        finished = [layer.finish_update(name) for layer in layers] if config.low_memory else []
+        groups = self._groups(name, layers)
+        sums = [one.grad.sum() for group in groups if isinstance(one := group.elements, Gates)]
+        finite = all(finished) and (not sums or bool(torch.stack(sums).sum().isfinite()))
+        l0_lambda, fused = math.nan, any(layer.fused for layer in layers)
+        if finite:
+            if config.l0_lambda == "auto":
+                total, opened = self.num_base_parameters(), self._opened(name, layers)
+                count = sum(shape.numel() for layer in layers for shape in layer.shapes.values())
+                start = count * float(
+                    torch.sigmoid(gates.open_logit(torch.tensor(config.init_log_alpha), config.stretch))
+                )
+                target = config.target_density * total
+                wanted = gate_update.density_schedule(step, gating_steps, start, min(start, target))
+                pace = gate_update.automatic_pace(step, gating_steps, config.gate_learning_rate)
+                l0_lambda, elements = gate_update.automatic_step(
+                    groups,
+                    step,
+                    pace,
+                    config.stretch,
+                    opened.expected,
+                    wanted,
+                    opened.elements,
+                    fused,
+                    folded=config.low_memory,
+                )
+                self._note_opened(name, layers, groups, elements)
+            else:
+                pace, l0_lambda = config.gate_learning_rate or gate_update.PAPER_PACE, float(config.l0_lambda)
+                form = config.group_penalty
+                gate_update.fixed_lambda_step(groups, l0_lambda, step, pace, config.stretch, form, fused=fused)
+        for layer in layers:
+            for log_alpha in layer.gate_locations(name):
+                log_alpha.grad = None
+        return l0_lambda
+
+
+def _moves(adapter_name: str, layers: Sequence[DiffPruningLayer]) -> Any:
+    """Other than it was once any gate has moved."""
+    locations = [location for layer in layers for location in layer.gate_locations(adapter_name)]
+    born = [layer.gates_born.get(adapter_name) for layer in layers]
+    return adapter_name, born, [(location._version, location.data_ptr()) for location in locations]

@@ -1,0 +1,232 @@
+"""Finished diffs that stand in the weight while a module runs: what they compute, and that nothing of them stays."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffpeft import DiffPruningConfig
+from diffpeft.sparse import functions as patched
+from diffpeft.sparse.diff import sparse_parameter
+from diffpeft.sparse.functions import Diff, Patch, Pattern, gradient_at, patched_embedding, patched_linear
+
+
+def make_diff(shape: tuple[int, int], k: int, device: str = "cpu") -> Diff:
+    where = torch.randperm(shape[0] * shape[1])[:k].sort().values
+    return Diff(torch.randn(k).to(device).requires_grad_(), where.to(device))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sampled", [True, False])
+@pytest.mark.parametrize("rows", [(), (4,), (2, 3)], ids=str)
+def test_a_patched_linear_layer_is_one_with_the_sum(device, rows, sampled, dtype):
+    weight = torch.randn(7, 6, device=device).to(dtype)
+    before, version = weight.clone(), weight._version
+    diff, bias = make_diff((7, 6), 9, device), torch.randn(7, device=device).to(dtype).requires_grad_()
+    x = torch.randn(*rows, 6, device=device).to(dtype).requires_grad_()
+    pattern = Pattern.of(diff.positions, weight.shape) if sampled and dtype == torch.float32 else None
+    results = []
+    for function in (
+        lambda: patched_linear(x, bias, weight, diff, pattern),
+        lambda: functional.linear(x, sparse_parameter(weight, *diff), bias),
+    ):
+        for leaf in (x, bias, diff.values):
+            leaf.grad = None
+        output = function()
+        assert torch.equal(weight, before)
+        output.square().sum().backward()
+        assert torch.equal(weight, before)
+        results.append([output.detach(), x.grad, bias.grad, diff.values.grad])
+    assert weight._version == version
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(*results, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-4)
+
+
+def test_under_autocast_a_patched_linear_layer_computes_as_the_plain_one(device):
+    weight, diff = torch.randn(7, 6, device=device), make_diff((7, 6), 9, device)
+    x, bias = torch.randn(4, 6, device=device).requires_grad_(), torch.randn(7, device=device).requires_grad_()
+    results = []
+    for function in (
+        lambda: patched_linear(x, bias, weight, diff),
+        lambda: functional.linear(x, sparse_parameter(weight, *diff), bias),
+    ):
+        for leaf in (x, bias, diff.values):
+            leaf.grad = None
+        with torch.autocast(device, dtype=torch.bfloat16):
+            output = function()
+        output.float().square().sum().backward()
+        results.append([output.detach(), x.grad, bias.grad, diff.values.grad])
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padding_idx", [None, 3])
+def test_a_patched_embedding_is_one_with_the_sum(device, padding_idx, dtype):
+    weight, diff = torch.randn(10, 6, device=device, dtype=dtype), make_diff((10, 6), 25, device)
+    before, ids = weight.clone(), torch.tensor([[1, 3, 3], [9, 1, 0]], device=device)
+    upstream, results = torch.randn(2, 3, 6, device=device, dtype=dtype), []
+    for function in (
+        lambda: patched_embedding(ids, padding_idx, weight, diff.values, Pattern.of(diff.positions, weight.shape)),
+        lambda: functional.embedding(ids, sparse_parameter(weight, *diff), padding_idx),
+    ):
+        diff.values.grad = None
+        output = function()
+        output.backward(upstream)
+        assert torch.equal(weight, before)
+        results.append([output.detach(), diff.values.grad])
+    assert torch.equal(results[0][0], results[1][0])
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(*results, **close)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
+def test_a_gradient_at_places_is_the_dense_one_there(height, width, data):
+    k = data.draw(st.integers(0, height * width))
+    diff = make_diff((height, width), k)
+    grad, x = torch.randn(5, height), torch.randn(5, width)
+    pattern = Pattern.of(diff.positions, torch.Size((height, width)))
+    torch.testing.assert_close(gradient_at(grad, x, *diff, pattern), gradient_at(grad, x, *diff, None))
+
+
+@given(st.sets(st.integers(0, 59)).map(sorted))
+def test_a_pattern_is_the_positions_as_compressed_rows(where):
+    positions = torch.tensor(where, dtype=torch.int64)
+    dense = torch.zeros(60).index_fill_(0, positions, 1).view(6, 10)
+    expected = dense.to_sparse_csr()
+    offsets, columns = Pattern.of(positions, torch.Size((6, 10)))
+    assert torch.equal(offsets, expected.crow_indices())
+    assert torch.equal(columns, expected.col_indices())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_patch_is_undone_to_the_bit_also_after_an_error(device, dtype):
+    weight, diff = torch.randn(5, 4, device=device).to(dtype), make_diff((5, 4), 6, device)
+    before, expected = weight.clone(), sparse_parameter(weight, *diff).detach()
+    seen = []
+
+    def fail() -> None:
+        with Patch([(weight, *diff)]):
+            seen.append(weight.clone())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.equal(seen[0], expected)
+    assert torch.equal(weight, before)
+    with Patch([(weight, *diff)] * 2):
+        assert not torch.equal(weight, expected)
+    assert torch.equal(weight, before)
+
+
+def pruned(base: nn.Module) -> nn.Module:
+    model = get_peft_model(base, DiffPruningConfig(target_density=0.2, gated=False, init_weights=False))
+    model.base_model.magnitude_prune()
+    return model
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.inner = nn.Embedding(11, 6), nn.LayerNorm(6), nn.Linear(6, 6)
+        self.conv = nn.Conv1d(6, 3, 1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.conv(self.inner(self.norm(self.embed(ids))).transpose(1, 2))
+
+
+def base_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.clone() for name, p in model.base_model.base_parameters()}
+
+
+def test_a_model_without_gradients_runs_on_its_own_weights_and_leaves_them_alone(device, monkeypatch):
+    model, ids = pruned(Net()).to(device), torch.arange(11, device=device)[None]
+    before, expected = base_of(model), model(ids).detach()
+
+    def no_copy(*_: object) -> Tensor:
+        raise AssertionError("a parameter was copied")
+
+    monkeypatch.setattr("diffpeft.layer.layer.sparse_parameter", no_copy)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(model(ids), expected)
+    after = base_of(model)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_an_error_in_the_middle_of_a_pass_leaves_the_weights_alone(monkeypatch):
+    model, ids = pruned(Net()), torch.arange(11)[None]
+    before = base_of(model)
+    monkeypatch.setattr(nn.Conv1d, "forward", lambda *_: 1 / 0)
+    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+        model(ids)
+    after = base_of(model)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_weights_that_other_processes_share_are_copied_not_patched(monkeypatch):
+    model, ids = pruned(Net()), torch.arange(11)[None]
+    expected = model(ids).detach()
+    model.share_memory()
+
+    def no_patch(*_: object) -> None:
+        raise AssertionError("a shared weight was patched")
+
+    monkeypatch.setattr(patched.Patch, "__enter__", no_patch)
+    with torch.no_grad():
+        assert torch.equal(model(ids), expected)
+    output = model(ids)
+    assert torch.equal(output, expected)
+    output.sum().backward()
+
+
+def test_weights_of_inference_mode_are_copied_outside_of_it():
+    with torch.inference_mode():
+        base = Net()
+    for parameter in base.parameters():
+        assert parameter.is_inference()
+        assert not patched.can_be_patched(parameter)
+
+
+def test_a_dtype_that_does_not_fit_is_refused_as_by_the_plain_layer():
+    model = pruned(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(torch.randn(2, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("hooked", ["forward", "pre"])
+def test_hooks_of_the_wrapped_module_run(hooked):
+    model, seen = pruned(nn.Sequential(nn.Linear(4, 4))), []
+    inner = model.base_model.all_layers()[0].base_layer
+    if hooked == "forward":
+        inner.register_forward_hook(lambda *_: seen.append(1))
+    else:
+        inner.register_forward_pre_hook(lambda *_: seen.append(1))
+    x = torch.randn(2, 4)
+    model(x).sum().backward()
+    with torch.no_grad():
+        model(x)
+    assert seen == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_layer_large_enough_for_the_gradient_at_places_trains_under_autocast_too(device, dtype):
+    layer = nn.Linear(128, 128)
+    assert patched.sampling_pays(80, layer.weight.shape, torch.zeros(1))
+    model = get_peft_model(
+        nn.Sequential(layer), DiffPruningConfig(target_density=0.005, gated=False, init_weights=False)
+    ).to(device)
+    model.base_model.magnitude_prune()
+    x = torch.randn(8, 128, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = model(x)
+    output.float().square().sum().backward()
+    assert output.dtype == dtype
+    inner = model.base_model.all_layers()[0]
+    dense = 2 * (output.detach().float().t() @ x)
+    expected = torch.take(dense, inner.positions("default", "weight"))
+    rtol = 5e-2 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(inner.diffpruning_values["default"]["weight"].grad, expected, rtol=rtol, atol=rtol)
