@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -16,17 +17,18 @@ from diffpeft.gates.functions import Sample, sampled_embedding, sampled_linear, 
 from diffpeft.gates.noise import NoisePass, may_be_replayed
 from diffpeft.gates.small_parameters import SMALL, Part, sampled_together
 from diffpeft.layer.find import layers_in
-from diffpeft.layer.merging import Mergeable
-from diffpeft.sparse.diff import sparse_parameter
-from diffpeft.sparse.functions import Diff, Patch, can_be_patched, patched_embedding, patched_linear, sampling_pays
-from diffpeft.sparse.kept_patch import KeptPatch, PatchSlot
+from diffpeft.layer.merging import MergeStack
+from diffpeft.layer.tensors import AdapterTensors
+from diffpeft.sparse.functions import Diff, patched_embedding, patched_linear, sampling_pays, sparse_parameter
+from diffpeft.sparse.inplace import Entry, InplaceUpdate, can_be_overwritten
+from diffpeft.trainer.launch import check_whole
 from diffpeft.tuner.mixed_batch import MixedBatch
 
 MANY = 1 << 20
 """Elements of an embedding beyond which the rows of a batch are made, and no others."""
 
 
-class DiffPruningLayer(Mergeable):
+class DiffPruningLayer(AdapterTensors):
     """Wraps a module and replaces its own parameters theta by theta + delta whenever it runs or they are read.
 
     Args:
@@ -50,7 +52,11 @@ class DiffPruningLayer(Mergeable):
         self.mixed: MixedBatch | None = None
         """Which rows of the batch belong to which adapter, while they differ."""
         self._patchable_at: list[int] = []  # addresses of parameters that can be patched
-        self._patch_slot = PatchSlot()
+        self.shared_with: dict[str, list[str]] = {}
+        """Modules that have a parameter of this layer too and are not adapted, by the parameter's name."""
+        self.tied_layers: dict[str, list[DiffPruningLayer]] = {}
+        """Layers that have a parameter of this layer as a tie, by its name."""
+        self._merges = MergeStack()
         self._running: dict[str, tuple[Tensor, Tensor]] = {}  # effective and plain parameters
         self.train(base_layer.training)
 
@@ -66,6 +72,82 @@ class DiffPruningLayer(Mergeable):
         if not enabled and self.merged:
             self.unmerge()
         super().enable_adapters(enabled)
+
+    # Merging
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """The adapters that are in the base parameters now, in the order in which they were merged."""
+        return self._merges.names
+
+    def changes(self, adapter_name: str, name: str) -> bool:
+        """Whether the adapter has a diff for parameter `name`, tied or not."""
+        if name in self.ties:
+            owner: DiffPruningLayer = self.ties[name][0]
+            return adapter_name in self.configs and owner.changes(adapter_name, self.ties[name][1])
+        if self.is_gating(adapter_name):
+            return name in self.diffpruning_w[adapter_name]
+        return adapter_name in self.diffpruning_values and name in self.diffpruning_values[adapter_name]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the diffs of the adapters (default: the active ones) into the base parameters.
+
+        What they overwrite is kept, so that [`unmerge`] restores the base to the bit.
+
+        Raises:
+            ValueError: with `safe_merge`, where the result would not be finite; nothing is written then.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name in self.configs:
+                self._check_mergeable(adapter_name)
+                entries = {self.parameter_key(name): entry for name, entry in self._entries(adapter_name).items()}
+                self._merges.push(adapter_name, entries, check_finite=safe_merge)
+
+    def unmerge(self, keep: int = 0) -> None:
+        """Restore the base parameters to the bit, without the merged adapters after the first `keep`."""
+        while len(self._merges) > keep:
+            self._merges.pop({self.parameter_key(name): parameter for name, parameter in self._own().items()})
+
+    def _check_mergeable(self, adapter_name: str) -> None:
+        for name in self.shapes if self.shared_with or self.tied_layers else ():
+            others = [*self.shared_with.get(name, [])]
+            others += [layer.key for layer in self.tied_layers.get(name, []) if adapter_name not in layer.configs]
+            if others and self.changes(adapter_name, name):
+                raise ValueError(
+                    f"{self.parameter_key(name)} is also a parameter of {others}, which the adapter leaves alone: "
+                    f"merging adapter {adapter_name!r} would change them too; adapt or exclude all of them, or untie "
+                    "them"
+                )
+        if self.quantized and "weight" in (self.nnz(adapter_name) or {}):
+            raise ValueError(
+                f"{self.key} is quantised: merging adapter {adapter_name!r} into it would round it anew and lose both; "
+                "use it unmerged, or merge into the model loaded unquantised"
+            )
+        check_whole(self._own().values(), "merging")
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        """All parameters of the wrapped module, as it holds them."""
+        return cast(dict[str, nn.Parameter], self.base_layer._parameters)
+
+    def _entries(self, adapter_name: str) -> dict[str, Entry]:
+        """What the adapter adds to the module's parameters, by name.
+
+        Raises:
+            IndexError: a parameter is smaller than it was when the adapter was attached, and the diff reaches beyond it.
+        """
+        own = self._own()
+        if self.is_gating(adapter_name):
+            return {name: Entry(own[name], None, self.dense_delta(adapter_name, name)) for name in self.shapes}
+        entries = {}
+        for name, values, positions in self.fixed(adapter_name):
+            numel = own[name].numel()
+            if numel < self.shapes[name].numel() and int(positions[-1]) >= numel:
+                raise IndexError(
+                    f"the diff of {self.parameter_key(name)} reaches beyond its {numel} elements: it was larger when the adapter "
+                    "was attached; load the adapter onto the model as it is now"
+                )
+            entries[name] = Entry(own[name], positions, values)
+        return entries
 
     # Effective parameters
 
@@ -236,29 +318,27 @@ class DiffPruningLayer(Mergeable):
         with patch:
             return module(*args, **kwargs)
 
-    def _patch(self) -> Patch | KeptPatch | None:
+    def _patch(self) -> InplaceUpdate | None:
         """What to have in the module's parameters while it runs without gradients; None if that is not all of it."""
         own: dict[str, nn.Parameter] = self._modules["base_layer"]._parameters  # type: ignore[union-attr,assignment]
         addresses = [parameter.data_ptr() for parameter in own.values() if parameter is not None]
         if self._patchable_at != addresses:  # parameters that are shared or laid out anew are elsewhere
-            if not all(parameter is None or can_be_patched(parameter) for parameter in own.values()):
+            if not all(parameter is None or can_be_overwritten(parameter) for parameter in own.values()):
                 return None
             self._patchable_at = addresses
         active = self.active_adapters
         if len(active) == 1 and self.mixed is None and not self.ties:
             if active[0] in self.diffpruning_w:
                 return None
-            fixed = self.fixed(active[0]) if active[0] in self.configs else ()
-            finished = [(own[name], values, positions) for name, values, positions in fixed]
-            kept = self._patch_slot.patch(finished) if self.fused and finished else None
-            return Patch(finished) if kept is None else kept
-        diffs = []
+            return InplaceUpdate(self._entries(active[0]).values() if active[0] in self.configs else ())
+        entries = []
         for name, parameter in own.items():
             for adapter_name in self._selected(name, self.configs):
                 if adapter_name not in self.diffpruning_values or name not in self.shapes or parameter is None:
                     return None
-                diffs.append((parameter, *self._diff(adapter_name, name)))
-        return Patch(diffs)
+                diff = self._diff(adapter_name, name)
+                entries.append(Entry(parameter, diff.positions, diff.values))
+        return InplaceUpdate(entries)
 
     def _diff(self, adapter_name: str, name: str) -> Diff:
         return Diff(self.kept_values(adapter_name, name), self.positions(adapter_name, name))
@@ -269,7 +349,7 @@ class DiffPruningLayer(Mergeable):
         if x.dtype != module.weight.dtype and not autocast:
             return None  # nn.Linear says what is wrong
         if adapter_name in self.diffpruning_values:
-            if not can_be_patched(module.weight):
+            if not can_be_overwritten(module.weight):
                 return None
             diff = self._diff(adapter_name, "weight")
             sampling = sampling_pays(diff.values.numel(), module.weight.shape, x)

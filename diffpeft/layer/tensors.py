@@ -98,7 +98,6 @@ class AdapterTensors(FixmaskTensors, Gating, BaseTunerLayer):
         self.gates_born: dict[str, int] = {}
         """A number of its own each time that an adapter's gates are made: their memory may be that of others before."""
         self.pending = {}
-        self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._trained: set[str] = set()  # while adapters are disabled: those that train otherwise
         self._active_adapter: str | list[str] = []

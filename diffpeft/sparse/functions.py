@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,53 +16,35 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from diffpeft.gates.kernels import prepare_turned, turned
-from diffpeft.sparse.diff import write_
+from diffpeft.sparse.inplace import Entry, InplaceUpdate, read_at, write_at
 from diffpeft.sparse.linear import compute_dtype, embedding_gradient
 
 
-def can_be_patched(weight: Tensor) -> bool:
-    """Whether entries of the weight may be overwritten for a while: it is laid out in one piece, here, and this process's own."""
-    return (
-        weight.is_contiguous()
-        and not weight.is_meta
-        and not (weight.is_cpu and weight.is_shared())  # type: ignore[no-untyped-call]
-        and not (weight.is_inference() and not torch.is_inference_mode_enabled())
-    )
+class _SparseParameter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(positions)
+        ctx.dtype = values.dtype
+        effective = base.clone()
+        write_at(effective, read_at(base, positions) + values, positions)
+        return effective
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (positions,) = ctx.saved_tensors
+        return None, torch.take(grads[0], positions).to(ctx.dtype), None
 
 
-class Patch:
-    """Within the block, each `weight` has `values` added at flat `positions`, rounded once as merging does.
-
-    Autograd's version of a weight stays as it is: it does not change for whoever kept it.
+def sparse_parameter(base: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+    """The effective parameter: `base` with `values` added at flat `positions`; differentiable in `values`.
 
     Args:
-        diffs: (weight, values, positions) of each; several of one weight add up in their order.
+        base: the frozen pretrained parameter, any shape and floating dtype.
+        values: shape (k,), floating.
+        positions: int64, shape (k,), sorted flat positions in `base`.
     """
-
-    def __init__(self, diffs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
-        self._diffs = diffs
-        self._old: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def __enter__(self) -> None:
-        try:
-            for weight, values, positions in self._diffs:
-                flat = weight.data.view(-1)
-                old = flat.index_select(0, positions)
-                new = old + values.data
-                self._old.append((flat, positions, old))
-                write_(flat, new if new.dtype == old.dtype else new.to(old.dtype), positions)
-        except BaseException:
-            self._undo()
-            raise
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._undo()
-
-    def _undo(self) -> None:
-        for flat, positions, old in reversed(self._old):
-            write_(flat, old, positions)
+    effective: Tensor = _SparseParameter.apply(base, values, positions)  # type: ignore[no-untyped-call]
+    return effective
 
 
 class Diff(NamedTuple):
@@ -159,7 +139,7 @@ class _PatchedLinear(torch.autograd.Function):
         x = x.to(dtype)
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, positions)
         ctx.weight, ctx.pattern, ctx.fused = weight, pattern, fused
-        with Patch([(weight, values, positions)]):
+        with InplaceUpdate([Entry(weight, positions, values)]):
             return functional.linear(x, weight.data.to(dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
@@ -168,7 +148,7 @@ class _PatchedLinear(torch.autograd.Function):
         x, values, positions = ctx.saved_tensors
         by_x = by_bias = by_values = None
         if ctx.needs_input_grad[0]:
-            with Patch([(ctx.weight, values, positions)]):
+            with InplaceUpdate([Entry(ctx.weight, positions, values)]):
                 by_x = (grad @ ctx.weight.data.to(grad.dtype)).to(ctx.dtypes[0])
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
@@ -191,7 +171,7 @@ class _PatchedEmbedding(torch.autograd.Function):
         own = weight.data.index_select(0, rows)
         flat = own.view(-1)
         added = flat.index_select(0, local) + values.detach().index_select(0, which)
-        write_(flat, added.to(flat.dtype), local)
+        write_at(flat, added, local)
         return functional.embedding(places, own)
 
     @staticmethod

@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from diffpeft.layer.find import outer_modules
 from diffpeft.layer.layer import DiffPruningLayer
-from diffpeft.layer.merging import Switch
 from diffpeft.layer.root import RootParameters
 from diffpeft.tuner.injection import Injection
 
@@ -55,18 +54,14 @@ class Switching(Injection):
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         self._check_names(names)
-        switch = Switch(names[0]) if len(names) == 1 else None
         layers = self._set_heads(adapter_name, inference_mode)
         self.active_adapter = adapter_name
         try:
             for layer in layers:
                 layer.set_adapter(adapter_name, inference_mode=inference_mode)
-                if switch is None or not switch.add(layer):
-                    with _onloaded(layer):
-                        layer.unmerge()
-                        layer.merge()
-            if switch is not None:
-                switch.run()
+                with _onloaded(layer):
+                    layer.unmerge()
+                    layer.merge()
         except BaseException:
             self.unmerge_adapter()
             self.set_adapter(adapter_name, inference_mode)

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
 import acceptability as task
+from acceptability.__main__ import main
 
 Rows = list[dict[str, Any]]
 
@@ -38,7 +37,9 @@ def test_a_size_that_pairs_cannot_have(size: int) -> None:
 
 
 def test_more_than_the_templates_make(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task, "PHENOMENA", {"only": lambda lex, rng: ("my baker has smiled", "my baker have smiled")})
+    monkeypatch.setattr(
+        "acceptability.task.PHENOMENA", {"only": lambda lex, rng: ("my baker has smiled", "my baker have smiled")}
+    )
     with pytest.raises(ValueError, match="different"):
         task.make_split(0, 4, 0)
 
@@ -111,7 +112,7 @@ def test_no_word_tells_the_label(seed: int) -> None:
 
 
 def test_main_prints_samples(capsys: pytest.CaptureFixture[str]) -> None:
-    task.main()
+    main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 20
     assert all(line.split()[1] in task.PHENOMENA for line in lines)

@@ -2,19 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
-
-import measuring
-import memory
-import pruning
-import scaling
-import serving
-import step_cost
 import torch
+from benchmarks.shared import models, training
+from benchmarks.shared.memory import allocations
+from benchmarks.speed import memory, pruning, scaling, serving, step_cost, task_switch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -25,8 +18,8 @@ SHORT = ["--model", "tiny", "--batch_size", "2", "--length", "8"]
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """A few thousand parameters, on as many threads as before."""
-    monkeypatch.setitem(measuring.SHAPES, "tiny", (2, 16, 2))
-    monkeypatch.setattr(measuring, "VOCABULARY", 100)
+    monkeypatch.setitem(models.SHAPES, "tiny", (2, 16, 2))
+    monkeypatch.setattr(models, "VOCABULARY", 100)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -52,7 +45,7 @@ def test_step_cost_and_its_picture(tmp_path):
         *2 * list(step_cost.BESIDE_LORA),
     ]
     trainable = {(row["density"], row["method"]): row["trainable"] for row in rows}
-    for density in (0.01, 0.1):  # as many parameters, but for what each layer rounds
+    for density in (0.01, 0.1):  # as many parameters, except for the rounding in each layer
         assert trainable[density, "shira"] == trainable[density, "lora"]
         assert trainable[density, "fixmask-linear"] == pytest.approx(trainable[density, "lora"], abs=1)
         assert trainable[density, "supertuning"] == pytest.approx(trainable[density, "lora"], abs=12)
@@ -63,7 +56,7 @@ def test_step_cost_and_its_picture(tmp_path):
 
 def test_memory_of_full_fine_tuning(monkeypatch):
     found = memory.tensors("tiny", "full", 0.0, options(memory, monkeypatch, *SHORT))
-    parameters = measuring.count_parameters("tiny")
+    parameters = models.count_parameters("tiny")
     assert found["trainable"] == parameters
     # Weights and two moments; batches, counters and the position buffers beside them.
     assert 12 * parameters < found["state"] < 12 * parameters + 40_000
@@ -72,7 +65,7 @@ def test_memory_of_full_fine_tuning(monkeypatch):
 
 
 def test_memory_is_that_of_the_tensors():
-    with measuring.allocations("cpu") as found:
+    with allocations("cpu") as found:
         kept = torch.zeros(1000)
         torch.zeros(500).exp()
     assert kept.nbytes <= found.left < kept.nbytes + 200
@@ -86,8 +79,8 @@ def test_memory_of_the_process(monkeypatch):
 
 
 def test_variants_of_gating(monkeypatch):
-    monkeypatch.setitem(measuring.GATING, "gating-unstructured", {"structured": False})
-    model = measuring.make_model("tiny", "gating-unstructured", 0.1, torch.float32, torch.device("cpu"))
+    monkeypatch.setitem(training.GATING, "gating-unstructured", {"structured": False})
+    model = training.make_model("tiny", "gating-unstructured", 0.1, torch.float32, torch.device("cpu"))
     assert model.base_model.phase() == "gating"
     assert not model.peft_config["default"].structured
 
@@ -95,6 +88,17 @@ def test_variants_of_gating(monkeypatch):
 def test_serving(tmp_path, monkeypatch):
     serving.main(["--model", "tiny", "--batch_sizes", "2", "--length", "8", *TIMES, "--json", str(tmp_path / "a.json")])
     assert len(json.loads((tmp_path / "a.json").read_text())["rows"]) == 5 + 2 + 8 + 8
+
+
+def test_task_switch(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        task_switch.MODELS, "tiny", lambda dtype: task_switch.BertModel(models.bert_config("tiny")).to(dtype)
+    )
+    words = ["--models", "tiny", "--dtypes", "float32", "--repeats", "1", "--json", str(tmp_path / "a.json")]
+    task_switch.main(words)
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert [row["method"] for row in rows] == list(task_switch.WAYS)
+    assert [row["largest_drift_of_the_base"] == 0 for row in rows[1:]] == [True, True]
 
 
 def test_serving_refuses_wrong_outputs():

@@ -10,8 +10,94 @@ from torch.nn import functional
 
 from diffpeft import DiffPruningConfig
 from diffpeft.sparse import functions as patched
-from diffpeft.sparse.diff import sparse_parameter
-from diffpeft.sparse.functions import Diff, Patch, Pattern, gradient_at, patched_embedding, patched_linear
+from diffpeft.sparse import inplace
+from diffpeft.sparse.functions import Diff, Pattern, gradient_at, patched_embedding, patched_linear, sparse_parameter
+from diffpeft.sparse.inplace import InplaceUpdate
+
+LAYOUTS = {
+    "contiguous": lambda storage: storage,
+    "transposed": lambda storage: storage.t(),
+    "strided": lambda storage: storage[::2, 1::3],
+    "reversed axes": lambda storage: storage.view(4, 3, 15).permute(2, 0, 1),
+}
+each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def made(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def some_positions(numel: int, count: int, seed: int) -> Tensor:
+    return torch.randperm(numel, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+
+
+@pytest.fixture
+def deterministic():
+    """What `full_determinism=True` turns on in the Trainer."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@each_dtype
+@each_layout
+def test_sparse_parameter_is_dense_addition_with_its_gradient(device, layout, dtype):
+    base = layout(made((12, 15), seed=0).to(device, dtype))
+    before = base.clone()
+    positions = some_positions(base.numel(), 20, seed=1).to(device)
+    values = made((20,), seed=2).to(device).requires_grad_()
+    dense_values = values.detach().clone().requires_grad_()
+    upstream = layout(made((12, 15), seed=3).to(device, dtype))
+
+    effective = sparse_parameter(base, values, positions)
+    effective.backward(upstream)
+    delta = torch.zeros(base.numel(), device=device).scatter(0, positions, dense_values).reshape(base.shape)
+    expected = (base + delta).to(dtype)
+    expected.backward(upstream)
+
+    assert effective.dtype == dtype
+    assert torch.equal(effective, expected)
+    assert values.grad.dtype == torch.float32
+    assert torch.equal(values.grad, dense_values.grad)
+    assert torch.equal(base, before)
+
+
+def test_sparse_parameter_takes_the_gradient_of_an_expanded_sum(device):
+    values = torch.ones(2, device=device, requires_grad=True)
+    sparse_parameter(torch.zeros(3, 4, device=device), values, torch.tensor([1, 11], device=device)).sum().backward()
+    assert values.grad.tolist() == [1.0, 1.0]
+
+
+def test_the_pretrained_parameter_receives_no_gradient():
+    base, values = torch.zeros(4, requires_grad=True), torch.ones(1, requires_grad=True)
+    sparse_parameter(base, values, torch.tensor([2])).sum().backward()
+    assert base.grad is None
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 2)], ids=str)
+def test_no_positions_change_nothing(device, shape):
+    base, values = torch.ones(shape, device=device), torch.empty(0, device=device, requires_grad=True)
+    effective = sparse_parameter(base, values, torch.empty(0, dtype=torch.int64, device=device))
+    effective.sum().backward()
+    assert torch.equal(effective, base)
+    assert values.grad.shape == (0,)
+
+
+def test_a_scalar_parameter_has_one_position(device):
+    base, values = torch.tensor(2.0, device=device), torch.tensor([3.0], device=device, requires_grad=True)
+    effective = sparse_parameter(base, values, torch.tensor([0], device=device))
+    effective.backward()
+    assert effective.item() == 5.0
+    assert values.grad.tolist() == [1.0]
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_sparse_parameter_works_under_deterministic_algorithms(device):
+    base, positions = torch.zeros(2, 3, device=device), torch.tensor([1, 5], device=device)
+    values = torch.ones(2, device=device, requires_grad=True)
+    sparse_parameter(base, values, positions).sum().backward()
+    assert values.grad.tolist() == [1.0, 1.0]
 
 
 def make_diff(shape: tuple[int, int], k: int, device: str = "cpu") -> Diff:
@@ -102,26 +188,6 @@ def test_a_pattern_is_the_positions_as_compressed_rows(where):
     assert torch.equal(columns, expected.col_indices())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_patch_is_undone_to_the_bit_also_after_an_error(device, dtype):
-    weight, diff = torch.randn(5, 4, device=device).to(dtype), make_diff((5, 4), 6, device)
-    before, expected = weight.clone(), sparse_parameter(weight, *diff).detach()
-    seen = []
-
-    def fail() -> None:
-        with Patch([(weight, *diff)]):
-            seen.append(weight.clone())
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert torch.equal(seen[0], expected)
-    assert torch.equal(weight, before)
-    with Patch([(weight, *diff)] * 2):
-        assert not torch.equal(weight, expected)
-    assert torch.equal(weight, before)
-
-
 def pruned(base: nn.Module) -> nn.Module:
     model = get_peft_model(base, DiffPruningConfig(target_density=0.2, gated=False, init_weights=False))
     model.base_model.magnitude_prune()
@@ -175,7 +241,7 @@ def test_weights_that_other_processes_share_are_copied_not_patched(monkeypatch):
     def no_patch(*_: object) -> None:
         raise AssertionError("a shared weight was patched")
 
-    monkeypatch.setattr(patched.Patch, "__enter__", no_patch)
+    monkeypatch.setattr(InplaceUpdate, "apply", no_patch)
     with torch.no_grad():
         assert torch.equal(model(ids), expected)
     output = model(ids)
@@ -188,7 +254,7 @@ def test_weights_of_inference_mode_are_copied_outside_of_it():
         base = Net()
     for parameter in base.parameters():
         assert parameter.is_inference()
-        assert not patched.can_be_patched(parameter)
+        assert not inplace.can_be_overwritten(parameter)
 
 
 def test_a_dtype_that_does_not_fit_is_refused_as_by_the_plain_layer():

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from diffpeft.files import checkpoint
 from diffpeft.sparse.combine import Diff
-from diffpeft.sparse.diff import add_, put_
+from diffpeft.sparse.inplace import Entry, InplaceUpdate, read_at
 from diffpeft.tools.export.coo import check_diff, check_int32
 
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", ".git", ".cache")
@@ -79,7 +79,7 @@ def to_weight_patches(diff: Diff, directory: str | os.PathLike[str]) -> Iterator
         for place in places[name] if where.numel() else []:
             check_int32(place.key, place.shape.numel())
             flat = _load(place).reshape(-1)
-            add_(flat, values.cpu(), where.cpu())
+            InplaceUpdate([Entry(flat, where.cpu(), values.cpu())]).apply()
             yield WeightPatch(
                 place.key, where.cpu().to(torch.int32), _finite(name, flat[where.cpu()]), tuple(place.shape)
             )
@@ -154,8 +154,9 @@ def _write_directory(
         for place in places[name]:
             tensor = _load(place)
             if name in diff:
-                add_(tensor, diff[name][1].cpu(), diff[name][0].cpu())
-                _finite(name, tensor.view(-1)[diff[name][0].cpu()])
+                where, values = (one.cpu() for one in diff[name])
+                InplaceUpdate([Entry(tensor, where, values)]).apply()
+                _finite(name, read_at(tensor, where))
             if name in heads:
                 tensor.copy_(heads[name])
             _overwrite(scratch / place.file.name, place.key, tensor)
@@ -177,19 +178,15 @@ def _write_model(model: PreTrainedModel, diff: Diff, scratch: Path, heads: Mappi
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_diff(diff, shapes)
     _check_heads(heads, shapes)
-    old: list[tuple[Tensor, Tensor, Tensor]] = []
     whole = {name: tensors[name].detach().clone() for name in heads}
-    try:
-        for name, (where, values) in diff.items():
-            data = tensors[name].data
-            where = where.to(data.device)
-            old.append((data, add_(data, values.to(data.device), where), where))
-            _finite(name, torch.take(data, where))
-        for name, head in heads.items():
-            tensors[name].data.copy_(head)
-        model.save_pretrained(scratch)
-    finally:
-        for name, head in whole.items():
-            tensors[name].data.copy_(head)
-        for data, values, where in reversed(old):
-            put_(data, values, where)
+    entries = {name: Entry(tensors[name], *(one.to(tensors[name].device) for one in diff[name])) for name in diff}
+    with InplaceUpdate(entries.values()):
+        for name, (tensor, where, _) in entries.items():
+            _finite(name, read_at(tensor.data, where))
+        try:
+            for name, head in heads.items():
+                tensors[name].data.copy_(head)
+            model.save_pretrained(scratch)
+        finally:
+            for name, head in whole.items():
+                tensors[name].data.copy_(head)
