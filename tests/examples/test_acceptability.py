@@ -1,13 +1,10 @@
 """The acceptability task of examples/: two splits without a word of content in common, and no shortcut."""
 
-import sys
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import Any
 
-import pytest
-
 import acceptability as task
+import pytest
 from acceptability.__main__ import main
 
 Rows = list[dict[str, Any]]
