@@ -22,7 +22,6 @@ from diffpeft.layer.tensors import AdapterTensors
 from diffpeft.sparse.functions import Diff, patched_embedding, patched_linear, sampling_pays, sparse_parameter
 from diffpeft.sparse.inplace import Entry, InplaceUpdate, can_be_overwritten
 from diffpeft.trainer.launch import check_whole
-from diffpeft.tuner.mixed_batch import MixedBatch
 
 MANY = 1 << 20
 """Elements of an embedding beyond which the rows of a batch are made, and no others."""
@@ -49,8 +48,6 @@ class DiffPruningLayer(AdapterTensors):
         self.noise = NoisePass() if noise is None else noise
         self.fused = False
         """Whether the gates' elementwise chains are compiled."""
-        self.mixed: MixedBatch | None = None
-        """Which rows of the batch belong to which adapter, while they differ."""
         self._patchable_at: list[int] = []  # addresses of parameters that can be patched
         self.shared_with: dict[str, list[str]] = {}
         """Modules that have a parameter of this layer too and are not adapted, by the parameter's name."""
@@ -187,12 +184,7 @@ class DiffPruningLayer(AdapterTensors):
         """The module's small parameters that one adapter changes, and whose gates are sampled."""
         module: Any = self.base_layer
         plain = not (self.disable_adapters or self.merged or self.quantized or self.is_offloaded()) and self.training
-        if (
-            not plain
-            or self.active_adapters != [adapter_name]
-            or self.mixed is not None
-            or not self.has_adapter(adapter_name)
-        ):
+        if not plain or self.active_adapters != [adapter_name] or not self.has_adapter(adapter_name):
             return {}
         parts = {}
         for name, log_alpha in self.diffpruning_log_alpha[adapter_name].items():
@@ -222,16 +214,11 @@ class DiffPruningLayer(AdapterTensors):
             key if keep else None,
         )
 
-    def changes_any(self, adapter_name: str) -> bool:
-        """Whether the adapter has a diff for one of the module's own parameters."""
-        return any(self.changes(adapter_name, name) for name in (*self.shapes, *self.ties))
-
     def _selected(self, name: str, targeting: Collection[str]) -> list[str]:
         """The adapters, of those that target the reading module, that change parameter `name` just now."""
         if self.disable_adapters or self.merged:
             return []
-        selected = self.active_adapters if self.mixed is None else self.mixed.selected(self, name)
-        return [adapter for adapter in selected if adapter in targeting and self.changes(adapter, name)]
+        return [adapter for adapter in self.active_adapters if adapter in targeting and self.changes(adapter, name)]
 
     def effective(self, name: str, targeting: Mapping[str, Any] | None = None) -> Tensor:
         """The parameter `name` of the wrapped module as the active adapters change it.
@@ -327,7 +314,7 @@ class DiffPruningLayer(AdapterTensors):
                 return None
             self._patchable_at = addresses
         active = self.active_adapters
-        if len(active) == 1 and self.mixed is None and not self.ties:
+        if len(active) == 1 and not self.ties:
             if active[0] in self.diffpruning_w:
                 return None
             return InplaceUpdate(self._entries(active[0]).values() if active[0] in self.configs else ())

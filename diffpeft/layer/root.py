@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -47,21 +46,13 @@ class RootParameters(DiffPruningLayer):
         remove_hooks(self.base_layer, self._before, self._after)
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        if self.mixed is None:
-            self._put()
+        self.put()
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._put_back()
+        self.put_back()
 
-    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`forward`, the model's own, with effective parameters."""
-        self._put()
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            self._put_back()
-
-    def _put(self) -> None:
+    def put(self) -> None:
+        """Put the effective parameters in the place of the plain ones."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         effective = {name: self.effective(name) for name in self.shapes}
@@ -72,6 +63,7 @@ class RootParameters(DiffPruningLayer):
                 self._running[name] = tensor, cast(Tensor, model._parameters[name])
                 model._parameters[name] = tensor  # type: ignore[assignment]
 
-    def _put_back(self) -> None:
+    def put_back(self) -> None:
+        """Undo [`put`]."""
         self.base_layer._parameters.update(self._plain)
         self._plain, self._running = {}, {}

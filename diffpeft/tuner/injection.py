@@ -186,7 +186,6 @@ class Injection(BaseTuner):
         if config.target_modules is None and not isinstance(getattr(model, RootParameters.NAME, None), RootParameters):
             self._adapt_root(model, adapter_name, config)
         del self._owners, self._noise, self._named, self._references
-        self.__dict__.pop("_row_layouts", None)  # of mixed batches: there are other layers now
         self._check_coverage(adapter_name, config)
         self._check_base(adapter_name, config)
         self._note_sharing()

@@ -1,10 +1,6 @@
-"""Batches whose rows belong to different adapters (`adapter_names=`): which modules run on which rows.
+"""Batches whose rows belong to different adapters (`adapter_names=`): the model runs once for each adapter, on its rows.
 
-A module that adapters change runs once for each adapter, on its rows. That is right only where the rows are a dimension
-of what the module takes and gives, which a shape cannot tell: a batch of 8 and 8 relative positions look alike. So the
-model first runs on two and on three rows; a dimension that grows with them is the rows', which may stand in it several
-times in a row (tokens of a mixture of experts, beams). Where a module has no such dimension, or its parameter is read
-without running it, the model as a whole runs once for each adapter instead. So it does on a CPU where adapters have several rows.
+What a row gets is, to the bit, what it gets in a batch of that adapter's rows alone.
 """
 
 from __future__ import annotations
@@ -12,332 +8,217 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, cast
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-
-from diffpeft.tuner.row_layout import (
-    Call as Seen,
-)
-from diffpeft.tuner.row_layout import (
-    Calls,
-    CannotSplitError,
-    Layout,
-    Layouts,
-    find_layouts,
-    is_plain,
-    join,
-    sketch,
-    structure_of,
-    take,
-)
+from torch.nn import functional
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.cache_utils import Cache
 
 BASE = "__base__"
 """PEFT's name for rows without an adapter."""
 
-WORTH_APART = 4
-"""Rows an adapter, on average, from which on a pass for each adapter is faster. Measured on one CPU."""
-
-NOT_APART = "not apart"
-"""With a structure, among what is known: outputs of a pass for each adapter, such as caches and losses, cannot be put together."""
-
-Call = Callable[..., Any]
-
-
-class Layer(Protocol):
-    """What is asked of a layer: whether an adapter changes one of its parameters."""
-
-    def changes(self, adapter_name: str, name: str) -> bool:
-        """Whether the adapter has a diff for the parameter."""
-
-    def parameter_key(self, name: str) -> str:
-        """The parameter's name in the base model."""
-
-
-class Part(NamedTuple):
-    """A module that may run on some of the rows."""
-
-    module: nn.Module
-    key: str
-    changed_by: Callable[[str], bool]
-    """Whether an adapter changes what the module does by itself, apart from its children."""
-    call: Call
-    """Runs it for the rows of an adapter, its first argument; [`BASE`] for those of several that do not change it."""
-    shared_rows: bool
-    """Whether an output with one row stands for all rows, and may be given a row for each instead."""
+ONE_BATCH_EACH = "run one batch for each adapter"
 
 
 class MixedBatch:
-    """The state of one mixed batch.
+    """Runs a model on a batch whose rows belong to the named adapters.
 
     Args:
-        root: the model.
         names: an adapter's name, or [`BASE`], for each row.
-        parts: the modules that may run on some of the rows.
-        known: what was found out about them before; added to.
-        run_root: runs the model's own forward, its first argument, with the parameters that the model itself owns.
-        expand: rows that generation makes of one.
+        activate: gives a context in which an adapter is the active one.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        names: Sequence[str],
-        parts: Sequence[Part],
-        known: dict[Any, Layouts],
-        run_root: Call | None = None,
-        expand: int = 1,
-    ) -> None:
-        self.root = root
-        self.names = list(names)
-        self._run_root_with = run_root
-        self._parts = parts
-        self._known = known
-        self._expand = expand
-        self._layouts: Layouts | None = None
-        self._calls: Calls | None = None
-
-    # What layers ask
-
-    def selected(self, layer: Layer, name: str) -> list[str]:
-        """The adapter that changes the layer's parameter in the rows that run just now, if any."""
-        names = set(self.names)
-        changing = [adapter for adapter in sorted(names) if adapter != BASE and layer.changes(adapter, name)]
-        if changing and len(names) > 1:
-            raise CannotSplitError(f"{layer.parameter_key(name)} is read without running its module")
-        return changing
-
-    # Running
+    def __init__(self, names: Sequence[str], activate: Callable[[str], AbstractContextManager[None]]) -> None:
+        self._names = list(names)
+        self._activate = activate
+        self._inside = False  # within a run of one adapter's rows, which `generate` makes of many forward passes
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Within, the parts run on the rows of each adapter."""
-        hooked: list[nn.Module] = []
-
-        def replace(module: nn.Module, forward: Call) -> None:
-            # wraps: generation looks at the signature for what the model takes.
-            module.forward = functools.wraps(module.forward)(forward)
-            hooked.append(module)
-
-        try:
-            for part in self._parts:
-                replace(part.module, functools.partial(self._run, part))
-            own, root = self._run_root_with, self.root
-            call = root.forward if own is None else functools.partial(own, root.forward)
-            replace(root, functools.partial(self._run_root, root, call))
-            encoder: Any = cast(Any, root).get_encoder() if _is_encoder_decoder(root) else None
-            if isinstance(encoder, nn.Module) and encoder not in hooked:  # generation runs it by itself
-                replace(encoder, functools.partial(self._run_root, encoder, encoder.forward))
-            yield
-        finally:
-            for module in hooked:
-                del module.forward
-
-    @contextmanager
-    def _rows_of(self, names: list[str]) -> Iterator[None]:
-        before, self.names = self.names, names
+    def running(self, model: nn.Module) -> Iterator[None]:
+        """Within the block, `model.forward` and `model.generate` run once for each adapter."""
+        verbs = {"forward": self._forward, "generate": self._generate}
+        replaced = {verb: model.__dict__.get(verb) for verb in verbs if callable(getattr(model, verb, None))}
+        for verb in replaced:
+            own = getattr(model, verb)
+            # generation looks at the signature of `forward` for what the model takes
+            setattr(model, verb, functools.wraps(own)(functools.partial(verbs[verb], own)))
         try:
             yield
         finally:
-            self.names = before
+            for verb, before in replaced.items():
+                delattr(model, verb)
+                if before is not None:
+                    setattr(model, verb, before)
 
-    def _run_root(self, root: nn.Module, call: Call, *args: Any, **kwargs: Any) -> Any:
-        if self._layouts is not None or self._calls is not None:
-            return call(*args, **kwargs)  # within a root that runs already
-        leaves, spec = tree_flatten((args, kwargs))
-        rows = _rows(root, args, kwargs)
-        if rows not in (len(self.names), len(self.names) * self._expand):
+    def _forward(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._inside:
+            return own(*args, **kwargs)
+        self._check_rows(args, kwargs)
+        if len(set(self._names)) == 1:
+            with self._activate(self._names[0]):
+                return own(*args, **kwargs)
+        _check_no_cache(args, kwargs)
+        if kwargs.get("use_cache"):
+            raise NotImplementedError(
+                f"a cache of rows that belong to several adapters cannot be had; {ONE_BATCH_EACH}"
+            )
+        if "use_cache" in inspect.signature(own).parameters:
+            kwargs["use_cache"] = False
+        outputs = self._run(own, args, kwargs)
+        leaves = [tree_flatten(output) for output in outputs]
+        if any(str(spec) != str(leaves[0][1]) for _, spec in leaves):
+            raise NotImplementedError(f"the adapters' rows give outputs of different forms; {ONE_BATCH_EACH}")
+        columns = list(zip(*(own_leaves for own_leaves, _ in leaves), strict=True))
+        counts = [len(rows) for rows in self._groups().values()]
+        if any(_may_compare_rows(column, counts) for column in columns):
+            self._check_against_one_more_row(own, args, kwargs, [column[0] for column in columns])
+        return tree_unflatten([self._join(column) for column in columns], leaves[0][1])
+
+    def _generate(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._check_rows(args, kwargs)
+        if len(set(self._names)) == 1:
+            with self._activate(self._names[0]):
+                return self._within(own, args, kwargs)
+        _check_no_cache(args, kwargs)
+        outputs = self._run(own, args, kwargs)
+        configs = [kwargs.get("generation_config"), getattr(getattr(own, "__self__", None), "generation_config", None)]
+        sources = [kwargs, *(config.__dict__ for config in configs if config is not None)]
+        told = [source.get(name) for name in ("pad_token_id", "eos_token_id") for source in sources]
+        padding = next((value for value in told if value is not None), 0)
+        padding = int(torch.as_tensor(padding).reshape(-1)[0])
+        if isinstance(outputs[0], Tensor):
+            return self._join_steps([(output,) for output in outputs], padding)[0]
+        return self._join_generated(outputs, padding)
+
+    def _join_generated(self, outputs: list[Any], padding: int) -> Any:
+        """Sequences, scores and logits of several `generate` calls that returned dicts; caches are left out."""
+        lost = sorted(name for name in outputs[0] if name.endswith(("attentions", "hidden_states")))
+        if lost or ("beam_indices" in outputs[0] and "scores" in outputs[0]):
+            raise NotImplementedError(
+                f"of a batch that mixes adapters, generate gives sequences, scores and logits, but not "
+                f"{', '.join(lost) or 'scores of beams'}; {ONE_BATCH_EACH}"
+            )
+        sequences = self._join_steps([(output.sequences,) for output in outputs], padding)[0]
+        joined: dict[str, Any] = {"sequences": sequences}
+        for name in ("scores", "logits"):
+            if name in outputs[0]:
+                joined[name] = self._join_steps([output[name] for output in outputs], 0)
+        return type(outputs[0])(**joined)
+
+    def _join_steps(self, parts: list[tuple[Tensor, ...]], padding: int) -> tuple[Tensor, ...]:
+        """Tensors of as many steps as the longest part has; shorter ones are filled with `padding`, as are their rows."""
+        steps = []
+        for step in range(max(map(len, parts))):
+            example = next(part[step] for part in parts if len(part) > step)
+            width = max(part[step].shape[1] for part in parts if len(part) > step)
+            padded = []
+            for part, rows in zip(parts, self._groups().values(), strict=True):
+                times = part[0].shape[0] // len(rows)
+                own = part[step] if len(part) > step else example.new_full((times * len(rows), width), padding)
+                padded.append(functional.pad(own, (0, width - own.shape[1]), value=padding))
+            steps.append(self._join(padded))
+        return tuple(steps)
+
+    # Rows
+
+    def _groups(self) -> dict[str, list[int]]:
+        """The rows of each adapter."""
+        groups: dict[str, list[int]] = {}
+        for row, name in enumerate(self._names):
+            groups.setdefault(name, []).append(row)
+        return groups
+
+    def _check_rows(self, args: Any, kwargs: dict[str, Any]) -> None:
+        known = [kwargs.get(name) for name in ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids")]
+        tensors = [leaf for leaf in tree_flatten((known, args, kwargs))[0] if isinstance(leaf, Tensor) and leaf.ndim]
+        rows = len(tensors[0]) if tensors else 0
+        if rows != len(self._names):
             raise ValueError(
-                f"adapter_names has {len(self.names)} names for a batch of {rows} rows; give one name for each row"
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(self._names)} and "
+                f"{rows} respectively."
             )
-        names = [name for name in self.names for _ in range(rows // len(self.names))]
-        inputs = tuple(0 if _is_row_tensor(leaf, rows) else None for leaf in leaves)
-        # What comes out depends on flags, like output_hidden_states.
-        flags = tuple(leaf for leaf in leaves if isinstance(leaf, (bool, str)))
-        structure = (type(root).__qualname__, inputs, flags, *structure_of(leaves, spec))
-        with self._rows_of(names):
-            if len(set(names)) == 1:
-                return call(*args, **kwargs)
-            if structure not in self._known:
-                self._known[structure] = self._trace(root, call, leaves, spec, inputs)
-            self._layouts = self._known[structure]
-            try:
-                if (NOT_APART, structure) not in self._known and self._runs_apart(leaves):
-                    try:
-                        return self._run_apart(call, leaves, spec)
-                    except CannotSplitError:
-                        self._known[NOT_APART, structure] = {}
-                return call(*args, **kwargs)
-            except CannotSplitError as reason:
-                return self._run_whole(root, call, leaves, spec, reason)
-            finally:
-                self._layouts = None
 
-    def _runs_apart(self, leaves: list[Any]) -> bool:
-        """Whether the model had better run once for each adapter though its modules could: on a CPU, where a pass over many rows
-        saves nothing, and what goes into each module and comes out of it need not be taken apart and put together."""
-        return (
-            len(self.names) >= WORTH_APART * len(set(self.names))
-            and self._layout_of_model() is not None
-            and all(is_plain(leaf) and (not isinstance(leaf, Tensor) or leaf.is_cpu) for leaf in leaves)
-        )
-
-    def _layout_of_model(self) -> Layout | None:
-        assert self._layouts is not None
-        return next(iter(self._layouts[""].values()))
-
-    def _run_apart(self, call: Call, leaves: list[Any], spec: TreeSpec) -> Any:
-        """Run the model once for each adapter."""
-        layout = self._layout_of_model()
-        assert layout is not None
-        inputs = tuple(0 if _is_row_tensor(leaf, len(self.names)) else None for leaf in leaves)
-        calls = [(call, rows) for rows in _groups(self.names).values()]
-        return self._by_rows(calls, Layout(inputs, layout.outputs), leaves, spec, False, "the model")
-
-    def _run_whole(
-        self,
-        root: nn.Module,
-        call: Call,
-        leaves: list[Any],
-        spec: TreeSpec,
-        reason: CannotSplitError,
-    ) -> Any:
-        """Run the model once for each adapter, because it must; without a cache, which nobody could put together, unless it is asked
-        for."""
-        opaque = [type(leaf).__name__ for leaf in leaves if not is_plain(leaf)]
-        if opaque or self._layout_of_model() is None:
-            raise NotImplementedError(
-                f"a batch that mixes adapters needs the rows of every module's input apart, but {reason}; and the model "
-                f"cannot run once for each adapter because of {', '.join(opaque) or 'its outputs'}: use one batch for each "
-                "adapter, or use_cache=False"
-            )
-        args, kwargs = tree_unflatten(leaves, spec)
-        if _caches(root) and kwargs.get("use_cache") is None:
-            call = functools.partial(call, use_cache=False)
-            kwargs.pop("use_cache", None)
-            leaves, spec = tree_flatten((args, kwargs))
+    def _within(self, own: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        self._inside = True
         try:
-            return self._run_apart(call, leaves, spec)
-        except CannotSplitError as why:
+            return own(*args, **kwargs)
+        finally:
+            self._inside = False
+
+    def _run(self, own: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> list[Any]:
+        """The outputs of each adapter's rows."""
+        outputs = []
+        for name, rows in self._groups().items():
+            with self._activate(name):
+                outputs.append(self._within(own, *self._take((args, kwargs), rows)))
+        return outputs
+
+    def _take(self, inputs: Any, rows: list[int]) -> Any:
+        """The inputs with some of their rows: tensors whose first dimension is the batch's."""
+        leaves, spec = tree_flatten(inputs)
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == len(self._names):
+                leaves[index] = leaf.index_select(0, torch.tensor(rows, device=leaf.device))
+        return tree_unflatten(leaves, spec)
+
+    def _join(self, parts: Sequence[Any]) -> Any:
+        """Parts of the output, one for each adapter, in the order of the batch's rows.
+
+        Raises:
+            NotImplementedError: the parts are not made of rows.
+        """
+        first, groups = parts[0], list(self._groups().values())
+        if not isinstance(first, Tensor):
+            if not all(type(part) is type(first) and part == first for part in parts):
+                raise NotImplementedError(f"outputs of type {type(first).__name__} cannot be joined; {ONE_BATCH_EACH}")
+            return first
+        times = [len(part) // len(rows) if part.ndim else 0 for part, rows in zip(parts, groups, strict=True)]
+        same = all(
+            part.shape[1:] == first.shape[1:] and time == times[0] for part, time in zip(parts, times, strict=True)
+        )
+        whole = all(
+            time and len(part) == time * len(rows) for part, rows, time in zip(parts, groups, times, strict=True)
+        )
+        if not (same and whole):
             raise NotImplementedError(
-                f"a batch that mixes adapters needs the rows of every module's input apart, but {reason}; and of the "
-                f"outputs of one run for each adapter {why}: use one batch for each adapter"
-            ) from None
+                f"an output of shape {tuple(first.shape)} is not made of rows, as a loss or similarities between rows are "
+                f"not: leave labels out and compute a loss from the logits, or {ONE_BATCH_EACH}"
+            )
+        joined = first.new_empty((len(self._names), times[0], *first.shape[1:]))
+        for part, rows in zip(parts, groups, strict=True):
+            joined[torch.tensor(rows, device=first.device)] = part.view(len(rows), times[0], *first.shape[1:])
+        return joined.flatten(0, 1)
 
-    def _run(self, part: Part, *args: Any, **kwargs: Any) -> Any:
-        if self._calls is not None:
-            return self._record(part.key, functools.partial(part.call, BASE), args, kwargs)
-        changing = [name for name in dict.fromkeys(self.names) if name != BASE and part.changed_by(name)]
-        if not changing or len(set(self.names)) == 1:
-            return part.call(changing[0] if changing else BASE, *args, **kwargs)
-        if self._layouts is None:
-            raise ValueError(f"{part.key} runs outside of the model's forward, where adapter_names has no rows to name")
-        groups = _groups([name if name in changing else BASE for name in self.names])
-        leaves, spec = tree_flatten((args, kwargs))
-        layout = (self._layouts or {}).get(part.key, {}).get(structure_of(leaves, spec))
-        if layout is None:
-            raise CannotSplitError(f"where {part.key} has them cannot be told")
-        opaque = [type(leaf).__name__ for leaf in leaves if not is_plain(leaf)]
-        if opaque:
-            raise CannotSplitError(f"{part.key} takes {', '.join(opaque)}")
-        calls = [(functools.partial(part.call, name), rows) for name, rows in groups.items()]
-        return self._by_rows(calls, layout, leaves, spec, part.shared_rows, part.key)
-
-    def _by_rows(
-        self,
-        calls: Sequence[tuple[Call, list[int]]],
-        layout: Layout,
-        leaves: list[Any],
-        spec: TreeSpec,
-        shared_rows: bool,
-        key: str,
-    ) -> Any:
-        """Make each call on its rows and put what comes out back in the rows' order."""
-        total, outputs = len(self.names), []
-        groups = [rows for _, rows in calls]
-        for call, rows in calls:
-            own = [take(leaf, dim, rows, total, key) for leaf, dim in zip(leaves, layout.inputs, strict=True)]
-            args, kwargs = tree_unflatten(own, spec)
-            with self._rows_of([self.names[row] for row in rows]):
-                outputs.append(tree_flatten(call(*args, **kwargs)))
-        if any(len(leaves) != len(layout.outputs) for leaves, _ in outputs):
-            raise CannotSplitError(f"{key} gives other outputs than for a few rows")
-        joined = [
-            join(parts, dim, groups, total, shared_rows, key)
-            for parts, dim in zip(zip(*(leaves for leaves, _ in outputs), strict=True), layout.outputs, strict=True)
-        ]
-        return tree_unflatten(joined, outputs[0][1])
-
-    # Finding the rows
-
-    @torch.no_grad()
-    def _trace(
-        self, root: nn.Module, call: Call, leaves: list[Any], spec: TreeSpec, inputs: tuple[int | None, ...]
-    ) -> Layouts:
-        """Run the base model on two and on three rows and compare the shapes."""
-        traces = []
-        for count in (2, 3):
-            index = [row % len(self.names) for row in range(count)]
-            few = [
-                leaf.index_select(0, torch.tensor(index, device=leaf.device)) if dim == 0 else _plain(leaf)
-                for leaf, dim in zip(leaves, inputs, strict=True)
-            ]
-            args, kwargs = tree_unflatten(few, spec)
-            if _caches(root):
-                kwargs["use_cache"] = False
-            self._calls = {}
-            try:
-                with self._rows_of([BASE] * count):
-                    self._record("", call, args, kwargs)
-                traces.append(self._calls)
-            finally:
-                self._calls = None
-        return find_layouts(*traces)
-
-    def _record(self, key: str, call: Call, args: Any, kwargs: Any) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        output = call(*args, **kwargs)
-        results, _ = tree_flatten(output)
-        assert self._calls is not None
-        rows = len(self.names)
-        seen = Seen(tuple(sketch(leaf, rows) for leaf in leaves), tuple(sketch(leaf, rows) for leaf in results))
-        self._calls.setdefault(key, []).append((structure_of(leaves, spec), seen))
-        return output
+    def _check_against_one_more_row(
+        self, own: Callable[..., Any], args: Any, kwargs: dict[str, Any], outputs: list[Any]
+    ) -> None:
+        """Raise NotImplementedError where a row more makes another dimension grow than the first: rows meet each other."""
+        name, rows = next(iter(self._groups().items()))
+        with self._activate(name):
+            larger = tree_flatten(self._within(own, *self._take((args, kwargs), [*rows, rows[0]])))[0]
+        for output, other in zip(outputs, larger, strict=True):
+            if isinstance(output, Tensor) and output.shape[1:] != other.shape[1:]:
+                raise NotImplementedError(
+                    f"an output of shape {tuple(output.shape)} compares rows with each other, which adapters cannot share; "
+                    f"{ONE_BATCH_EACH}"
+                )
 
 
-def _groups(names: Sequence[str]) -> dict[str, list[int]]:
-    """The rows of each name."""
-    groups: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        groups.setdefault(name, []).append(row)
-    return groups
+def _may_compare_rows(parts: Sequence[Any], counts: list[int]) -> bool:
+    """Whether a dimension after the first could be the rows again, as in a table of similarities."""
+    if not isinstance(parts[0], Tensor):
+        return False
+    dims = range(1, min(part.ndim for part in parts))
+    return any(all(part.shape[dim] == count for part, count in zip(parts, counts, strict=True)) for dim in dims)
 
 
-def _is_encoder_decoder(root: nn.Module) -> bool:
-    return bool(getattr(getattr(root, "config", None), "is_encoder_decoder", False))
-
-
-def _caches(root: nn.Module) -> bool:
-    return "use_cache" in inspect.signature(root.forward).parameters
-
-
-def _rows(root: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    name = getattr(root, "main_input_name", "input_ids")
-    known = [kwargs.get(key) for key in (name, "input_ids", "inputs_embeds", "decoder_input_ids")]
-    leaves, _ = tree_flatten((known, args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
-    if not tensors:
-        raise ValueError("adapter_names names the rows of a batch, but the model was given no tensor with rows")
-    return tensors[0].shape[0]
-
-
-def _is_row_tensor(leaf: Any, rows: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
-
-
-def _plain(leaf: Any) -> Any:
-    """Caches are left out when rows are looked for."""
-    return leaf if is_plain(leaf) else None
+def _check_no_cache(args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise NotImplementedError for what gathers the rows of a whole batch."""
+    for name, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, Cache) or (name in ("past_key_values", "streamer") and value is not None):
+            raise NotImplementedError(
+                f"{type(value).__name__} cannot be shared by rows of several adapters: leave it out, or {ONE_BATCH_EACH}"
+            )

@@ -1,5 +1,7 @@
 """Batches whose rows belong to different adapters: what each row gets, and what is refused."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from architectures import ARCHITECTURES
@@ -7,8 +9,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from diffpeft import DiffPruningConfig
-from diffpeft.layer.layer import DiffPruningLayer
-from diffpeft.tuner import mixed_batch as mixed
 
 NAMES = ["first", "__base__", "second", "second", "first"]
 
@@ -37,18 +37,6 @@ def alone(model: nn.Module, names: list[str], **inputs: Tensor) -> Tensor:
             model.set_adapter(name)
             rows.append(model(**own).logits)
     return torch.cat(rows)
-
-
-@pytest.fixture(params=["by module", "by model"], autouse=True)
-def way(request, monkeypatch):
-    """Whether a model that can do both runs its modules for each adapter, or itself."""
-    monkeypatch.setattr(mixed, "WORTH_APART", 1 << 62 if request.param == "by module" else 1)
-    return request.param
-
-
-@pytest.fixture
-def by_module(monkeypatch):
-    monkeypatch.setattr(mixed, "WORTH_APART", 1 << 62)
 
 
 @pytest.fixture
@@ -108,71 +96,67 @@ def encoder_calls(bert):
     return calls
 
 
-def test_a_model_runs_once_for_each_adapter_that_has_several_rows(bert, batch, monkeypatch):
-    monkeypatch.undo()
+def test_the_model_runs_once_for_each_adapter_and_rows_get_the_same_bits(bert, batch):
     inputs = {key: value for key, value in batch(12).items() if key != "labels"}
     names, calls = ["first", "__base__", "second"] * 4, encoder_calls(bert)
     actual = bert(**inputs, adapter_names=names).logits
-    assert len(calls) == 2 + 3, "two small batches to look for rows, then a pass for each adapter"
+    assert len(calls) == 3
     for start, name in enumerate(names[:3]):
         own = {key: value[start::3] for key, value in inputs.items()}
         assert torch.equal(actual[start::3], bert(**own, adapter_names=[name] * 4).logits)
-    calls.clear()
-    bert(**{key: value[:11] for key, value in inputs.items()}, adapter_names=names[:11])
-    assert len(calls) == 1, "fewer than four each"
+        with bert.disable_adapter() if name == "__base__" else nullcontext():
+            if name != "__base__":
+                bert.set_adapter(name)
+            assert torch.equal(actual[start::3], bert(**own).logits)
 
 
-def test_outputs_that_belong_to_no_row(bert, batch):
-    """A loss is the mean over the batch."""
-    inputs, names = batch(5), [name.replace("__base__", "first") for name in NAMES]
-    calls = encoder_calls(bert)
-    actual = bert(**inputs, adapter_names=names)
-    logits = bert(**{key: value for key, value in inputs.items() if key != "labels"}, adapter_names=names).logits
-    torch.testing.assert_close(actual.logits, logits, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(actual.loss, nn.functional.cross_entropy(actual.logits, inputs["labels"]))
-    calls.clear()
-    torch.testing.assert_close(bert(**inputs, adapter_names=names).loss, actual.loss)
-    assert len(calls) == 1, "that it cannot be put together is known"
+def test_a_loss_belongs_to_no_row(bert, batch):
+    with pytest.raises(NotImplementedError, match="leave labels out"):
+        bert(**batch(5), adapter_names=NAMES)
+    assert bert(**batch(5), adapter_names=["first"] * 5).loss.ndim == 0
 
 
-def test_a_cache_of_all_rows_is_kept():
+class Similar(nn.Module):
+    """Compares the rows of a batch with each other, as CLIP does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y @ y.t()
+
+
+@pytest.mark.parametrize("names", [NAMES, ["first", "second"], ["first", "first", "second", "second"]], ids=str)
+def test_similarities_between_rows_are_refused(names):
+    model = adapters(Similar(), target_density=1.0)
+    with pytest.raises(NotImplementedError, match="run one batch for each adapter"):
+        model(torch.randn(len(names), 4), adapter_names=names)
+    assert model(torch.randn(3, 4), adapter_names=["second"] * 3).shape == (3, 3)
+
+
+@pytest.mark.parametrize("labels", [1, 2, 3])
+def test_as_many_labels_as_an_adapter_has_rows_are_no_similarities(tiny_bert, batch, labels):
+    model = adapters(tiny_bert(num_labels=labels), task_type="SEQ_CLS")
+    inputs = {key: value for key, value in batch(4).items() if key != "labels"}
+    names = ["first", "second"] * 2
+    torch.testing.assert_close(
+        model(**inputs, adapter_names=names).logits, alone(model, names, **inputs), atol=1e-5, rtol=1e-4
+    )
+
+
+def test_a_forward_pass_runs_without_a_cache_and_refuses_one():
     model = adapters(ARCHITECTURES["gpt2"].make(), target_density=0.2)
     ids = torch.randint(3, 50, (4, 6), generator=torch.Generator().manual_seed(0))
     names = ["first", "second"] * 2
-    cached = model(input_ids=ids, adapter_names=names)
-    plain = model(input_ids=ids, adapter_names=names, use_cache=False)
-    assert cached.past_key_values.get_seq_length() == 6
-    assert plain.past_key_values is None
-    torch.testing.assert_close(cached.logits, plain.logits, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.usefixtures("by_module")
-def test_the_model_runs_as_a_whole_only_where_it_must(bert, inputs):
-    calls = encoder_calls(bert)
-    bert(**inputs, adapter_names=NAMES)
-    looking = len(calls)
-    bert(**inputs, adapter_names=NAMES)
-    assert looking == 3, "rows are looked for with two small batches"
-    assert len(calls) - looking == 1, "and then known"
-
-
-@pytest.mark.usefixtures("by_module")
-def test_adapters_of_one_layer_only_run_that_layer_by_rows(tiny_bert, inputs):
-    model = adapters(tiny_bert(), target_modules=["layer.1.output.dense"])
-    calls = {}
-    for key, layer in model.base_model.model.named_modules():
-        if isinstance(layer, nn.Linear):
-            layer.register_forward_pre_hook(lambda *_, key=key: calls.update({key: calls.get(key, 0) + 1}))
-    model(**inputs, adapter_names=NAMES)
-    calls.clear()
-    torch.testing.assert_close(
-        model(**inputs, adapter_names=NAMES).logits, alone(model, NAMES, **inputs), atol=1e-5, rtol=1e-4
-    )
-    calls.clear()
-    model(**inputs, adapter_names=NAMES)
-    assert {key: count for key, count in calls.items() if count > 1} == {
-        "bert.encoder.layer.1.output.dense.base_layer": 3
-    }
+    assert model(input_ids=ids, adapter_names=names).past_key_values is None
+    assert model(input_ids=ids, adapter_names=["first"] * 4).past_key_values.get_seq_length() == 6
+    with pytest.raises(NotImplementedError, match="run one batch for each adapter"):
+        model(input_ids=ids, adapter_names=names, use_cache=True)
+    cache = model(input_ids=ids).past_key_values
+    with pytest.raises(NotImplementedError, match="DynamicCache"):
+        model(input_ids=ids, adapter_names=names, past_key_values=cache)
 
 
 @pytest.mark.parametrize("rows", [2, 4, 8])
@@ -230,17 +214,6 @@ class Routed(nn.Module):
         return out.reshape(x.shape)
 
 
-class Centred(nn.Module):
-    """Looks at the whole batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x - x.mean(0))
-
-
 @pytest.mark.parametrize("seed", range(8))
 def test_tokens_that_are_not_in_the_order_of_the_rows(seed):
     """Some seeds give each expert as many tokens as it would have if they were."""
@@ -250,12 +223,6 @@ def test_tokens_that_are_not_in_the_order_of_the_rows(seed):
     for row, name in enumerate(NAMES):
         own = model(x[row : row + 1], adapter_names=[name])
         torch.testing.assert_close(actual[row : row + 1], own)
-
-
-def test_a_model_whose_rows_depend_on_each_other():
-    model = adapters(Centred(), target_density=1.0)
-    with pytest.raises(NotImplementedError, match="one batch for each adapter"):
-        model(torch.randn(5, 4), adapter_names=NAMES)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -274,25 +241,51 @@ def test_generation(name, beams):
     assert not any("forward" in vars(module) for module in model.modules()), "nothing stays replaced"
 
 
-def test_generation_by_a_model_that_only_runs_as_a_whole():
-    model = adapters(ARCHITECTURES["t5"].make(), target_density=0.2)
-    ids = torch.randint(3, 50, (2, 6))
-    settings = {"max_new_tokens": 4, "do_sample": False, "adapter_names": ["first", "second"], "eos_token_id": None}
-    with pytest.raises(NotImplementedError, match="use_cache=False"):
-        model.generate(input_ids=ids, **settings)
-    actual = model.generate(input_ids=ids, **settings, use_cache=False)
-    for row, adapter in enumerate(["first", "second"]):
-        model.set_adapter(adapter)
-        own = model.generate(input_ids=ids[row : row + 1], **{**settings, "adapter_names": None})
+@pytest.mark.parametrize("cache", ["dynamic", "static", "offloaded", None])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_generation_with_any_cache(name, cache):
+    model = adapters(ARCHITECTURES[name].make(), target_density=0.2)
+    ids = torch.randint(3, 50, (5, 6), generator=torch.Generator().manual_seed(2))
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    settings |= {"cache_implementation": cache} if cache else {"use_cache": False}
+    if cache == "offloaded" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    actual = model.generate(input_ids=ids, **settings, adapter_names=NAMES)
+    for row, adapter in enumerate(NAMES):
+        own = model.generate(input_ids=ids[row : row + 1], **settings, adapter_names=[adapter])
         assert actual[row].tolist() == own[0].tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_sequences_that_end_early_are_padded_and_scores_come_along(name):
+    model = adapters(ARCHITECTURES[name].make(), target_density=0.5)
+    ids = torch.randint(3, 50, (6, 5), generator=torch.Generator().manual_seed(3))
+    names = ["first", "second", "__base__"] * 2
+    free = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, eos_token_id=None, adapter_names=names)
+    eos = int(free[1, -4])  # so that some rows end before others
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": eos, "pad_token_id": 1}
+    told = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    actual = model.generate(input_ids=ids, **settings, **told, adapter_names=names)
+    assert torch.equal(actual.sequences, model.generate(input_ids=ids, **settings, adapter_names=names))
+    for start, adapter in enumerate(names[:3]):
+        own = model.generate(input_ids=ids[start::3], **settings, **told, adapter_names=[adapter] * 2)
+        width = own.sequences.shape[1]
+        assert torch.equal(actual.sequences[start::3, :width], own.sequences)
+        assert bool((actual.sequences[start::3, width:] == 1).all())
+        for kind in ("scores", "logits"):
+            for mine, theirs in zip(actual[kind], own[kind], strict=False):
+                assert torch.equal(mine[start::3], theirs)
+            assert all(not mine[start::3].any() for mine in actual[kind][len(own[kind]) :])
+    with pytest.raises(NotImplementedError, match="hidden_states"):
+        model.generate(input_ids=ids, **settings, **told, output_hidden_states=True, adapter_names=names)
 
 
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        (["first", "second"], "2 names for a batch of 5 rows"),
-        (["first"] * 6, "6 names for a batch of 5 rows"),
-        (["first", "first", "first", "first", "c"], "'c'"),
+        (["first", "second"], "got 2 and 5 respectively"),
+        (["first"] * 6, "got 6 and 5 respectively"),
+        (["first", "first", "first", "first", "c"], "non-existing adapter.*: c"),
         ("aaaaa", "must be a list"),
         ([], "must be a list"),
         ([0, 1, 2, 3, 4], "must be a list"),
@@ -304,11 +297,11 @@ def test_names_that_do_not_fit(bert, inputs, names, reason):
 
 
 def test_states_in_which_rows_cannot_differ(bert, inputs):
-    with pytest.raises(ValueError, match="eval"):
+    with pytest.raises(ValueError, match="when the model is in training mode"):
         bert.train()(**inputs, adapter_names=NAMES)
     bert.eval()
     bert.merge_adapter()
-    with pytest.raises(ValueError, match="unmerge_adapter"):
+    with pytest.raises(ValueError, match="there are merged adapters, please call `unmerge_adapter` first"):
         bert(**inputs, adapter_names=NAMES)
     bert.unmerge_adapter()
     bert.base_model.disable_adapter_layers()
@@ -326,7 +319,6 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(bert, inputs):
     with pytest.raises(IndexError):
         bert(input_ids=inputs["input_ids"] + 1000, adapter_names=NAMES)
     assert not any("forward" in vars(module) for module in bert.modules())
-    assert all(layer.mixed is None for layer in bert.modules() if isinstance(layer, DiffPruningLayer))
     assert torch.equal(bert(**inputs).logits, before)
 
 
