@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 BASE = "__base__"
 """PEFT's name for rows without an adapter."""
 
-ONE_BATCH_EACH = "run one batch for each adapter"
+ONE_BATCH_EACH = "use one batch for each adapter"
 
 
 class MixedBatch:

@@ -131,7 +131,7 @@ class Similar(nn.Module):
 @pytest.mark.parametrize("names", [NAMES, ["first", "second"], ["first", "first", "second", "second"]], ids=str)
 def test_similarities_between_rows_are_refused(names):
     model = adapters(Similar(), target_density=1.0)
-    with pytest.raises(NotImplementedError, match="run one batch for each adapter"):
+    with pytest.raises(NotImplementedError, match="use one batch for each adapter"):
         model(torch.randn(len(names), 4), adapter_names=names)
     assert model(torch.randn(3, 4), adapter_names=["second"] * 3).shape == (3, 3)
 
@@ -152,7 +152,7 @@ def test_a_forward_pass_runs_without_a_cache_and_refuses_one():
     names = ["first", "second"] * 2
     assert model(input_ids=ids, adapter_names=names).past_key_values is None
     assert model(input_ids=ids, adapter_names=["first"] * 4).past_key_values.get_seq_length() == 6
-    with pytest.raises(NotImplementedError, match="run one batch for each adapter"):
+    with pytest.raises(NotImplementedError, match="use one batch for each adapter"):
         model(input_ids=ids, adapter_names=names, use_cache=True)
     cache = model(input_ids=ids).past_key_values
     with pytest.raises(NotImplementedError, match="DynamicCache"):
