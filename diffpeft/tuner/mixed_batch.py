@@ -20,6 +20,9 @@ from transformers.cache_utils import Cache
 BASE = "__base__"
 """PEFT's name for rows without an adapter."""
 
+CACHE_FLAGS = ("use_cache", "use_mems")
+"""What turns on a model's cache of what it has seen."""
+
 ONE_BATCH_EACH = "use one batch for each adapter"
 
 
@@ -61,12 +64,11 @@ class MixedBatch:
             with self._activate(self._names[0]):
                 return own(*args, **kwargs)
         _check_no_cache(args, kwargs)
-        if kwargs.get("use_cache"):
-            raise NotImplementedError(
-                f"a cache of rows that belong to several adapters cannot be had; {ONE_BATCH_EACH}"
-            )
-        if "use_cache" in inspect.signature(own).parameters:
-            kwargs["use_cache"] = False
+        for flag in CACHE_FLAGS:
+            if kwargs.get(flag):
+                raise NotImplementedError(f"{flag}=True: rows of several adapters have no common cache; {ONE_BATCH_EACH}")
+            if flag in inspect.signature(own).parameters:
+                kwargs[flag] = False
         outputs = self._run(own, args, kwargs)
         leaves = [tree_flatten(output) for output in outputs]
         if any(str(spec) != str(leaves[0][1]) for _, spec in leaves):
