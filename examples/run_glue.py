@@ -6,9 +6,9 @@
     torchrun --nproc_per_node 2 examples/run_glue.py ...                   # several processes
     accelerate launch examples/run_glue.py ...
 
-The data come from the hub (nyu-mll/glue), or with --data_dir from <data_dir>/<task>/{train,validation}.parquet. --method
-trains a baseline on the same data and steps instead: "full" fine-tuning, "head" alone, or "magnitude": full fine-tuning,
-then the same pruning and fixmask, without gates. Results go to <output_dir>/all_results.json.
+The data come from the hub (nyu-mll/glue), or with --data_dir from <data_dir>/<task>/{train,validation}.parquet.
+--method trains a baseline on the same data and steps instead: "full" fine-tuning, "head" alone, or "magnitude": full
+fine-tuning, then the same pruning and fixmask, without gates. Results go to <output_dir>/all_results.json.
 """
 
 import os
@@ -47,7 +47,7 @@ SENTENCES = {
 
 @dataclass
 class DataArguments:
-    """Which data."""
+    """Task and data."""
 
     task_name: str = field(metadata={"help": f"One of {', '.join(SENTENCES)}."})
     data_dir: str | None = field(default=None, metadata={"help": "Holds <task>/{train,validation}.parquet."})
@@ -129,13 +129,13 @@ class GlueRun(Run):
         )
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The Trainer's hook."""
+        """GLUE's metrics; the Trainer's `compute_metrics`."""
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
         return compute_metrics(self.task, logits, prediction.label_ids)
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Train and evaluate as the command line says."""
     arguments = parse_arguments(DataArguments)
     task = arguments[1].task_name
     if task not in SENTENCES:

@@ -4,10 +4,10 @@
         --learning_rate 1e-5 --per_device_train_batch_size 8 --num_train_epochs 4 --target_density 0.01
     python examples/run_squad.py examples/configs/squad.yaml               # the same from one file
 
-The data come from the hub (rajpurkar/squad), or with --data_dir from its train*.parquet and validation*.parquet. --method
-trains a baseline instead, as in run_glue.py. With --eval_strategy epoch (or steps) exact match and F1 are in the log, and
---load_best_model_at_end true --metric_for_best_model f1 --greater_is_better true ends with the best of fixmask. The
-adapter, all_results.json, predictions.json and nbest_predictions.json go to output_dir.
+The data come from the hub (rajpurkar/squad), or with --data_dir from its train*.parquet and validation*.parquet.
+--method trains a baseline instead, as in run_glue.py. With --eval_strategy epoch (or steps) exact match and F1 are in
+the log, and --load_best_model_at_end true --metric_for_best_model f1 --greater_is_better true ends with the best of
+fixmask. The adapter, all_results.json, predictions.json and nbest_predictions.json go to output_dir.
 """
 
 import json
@@ -35,12 +35,12 @@ from transformers import (
 
 COLUMNS = ("id", "question", "context", "answers")
 WAY_BACK = ["example", "context_start", "offsets"]
-"""Columns of a window that lead from its tokens back to the text."""
+"""Columns of a window that map its tokens back to the text."""
 
 
 @dataclass
 class DataArguments:
-    """Which data, and how questions become windows and windows answers."""
+    """Data, and how questions become windows and windows become answers."""
 
     data_dir: str | None = field(default=None, metadata={"help": "Holds train*.parquet and validation*.parquet."})
     max_seq_length: int = field(default=384, metadata={"help": "Question and a window of its context, in tokens."})
@@ -70,8 +70,8 @@ def load_data(args: DataArguments) -> DatasetDict:
         unanswerable = sum(not answers["text"] for answers in rows["answers"])
         if unanswerable:
             raise SystemExit(
-                f"{unanswerable} of {len(rows)} questions of the {split} split have no answer, as in SQuAD v2; this script "
-                'is for v1.1: take them out, e.g. data.filter(lambda row: row["answers"]["text"])'
+                f"{unanswerable} of {len(rows)} questions of the {split} split have no answer, as in SQuAD v2; this "
+                'script is for v1.1: take them out, e.g. data.filter(lambda row: row["answers"]["text"])'
             )
         size = min(len(rows), count or len(rows))
         found[split] = rows.select(np.linspace(0, len(rows) - 1, size).round().astype(int))  # rows stand by article
@@ -96,8 +96,10 @@ def check_lengths(args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> No
 
 
 def answer_tokens(answers: dict[str, list[Any]], offsets: Sequence[Sequence[int]]) -> tuple[int, int] | None:
-    """First and last of the tokens at the characters `offsets` that hold the first gold answer; None unless all of it is
-    there."""
+    """First and last token of the first gold answer, or None unless all of it is there.
+
+    `offsets` are the first and last characters that each token covers.
+    """
     start = answers["answer_start"][0]
     end = start + len(answers["text"][0])
     covered = [token for token, (left, right) in enumerate(offsets) if left < end and right > start]
@@ -107,12 +109,12 @@ def answer_tokens(answers: dict[str, list[Any]], offsets: Sequence[Sequence[int]
 
 
 def make_windows(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> dict[str, Any]:
-    """What the model reads: each question with as many overlapping windows as its context needs.
+    """Windows of tokens: each question with as many overlapping pieces of its context as it needs.
 
     Returns:
-        the tokenizer's columns; `start_positions` and `end_positions`, the tokens of the first gold answer, or both 0 (the
-        first token, [CLS] in BERT) where the window does not hold it; and to find the way back `example`, the number
-        of the row, `context_start`, where the context's tokens begin, and `offsets`, the characters that each covers.
+        The tokenizer's columns; `start_positions` and `end_positions`, the tokens of the first gold answer, or both 0
+        (the first token, [CLS] in BERT) if the window does not hold it; `example`, the number of the row;
+        `context_start`, the first token of the context; and `offsets`, the characters that each token of it covers.
     """
     limit = {"truncation": True, "max_length": args.max_query_length, "add_special_tokens": False}
     questions = [question.strip() for question in rows["question"]]
@@ -143,8 +145,10 @@ def make_windows(rows: dict[str, list[Any]], tokenizer: PreTrainedTokenizerBase,
 
 
 def best_spans(start: np.ndarray, end: np.ndarray, count: int, longest: int) -> list[tuple[int, int]]:
-    """The `count` spans (first token, last token) with the largest start[first] + end[last], best first, among all of at
-    most `longest` tokens."""
+    """The best spans (first token, last token) of at most `longest` tokens, best first.
+
+    A span's score is start[first] + end[last]; `count` spans are returned, or all if there are fewer.
+    """
     if not len(start):
         return []
     ends = np.lib.stride_tricks.sliding_window_view(np.pad(end, (0, longest - 1), constant_values=-np.inf), longest)
@@ -157,8 +161,16 @@ def best_spans(start: np.ndarray, end: np.ndarray, count: int, longest: int) -> 
 def best_answers(
     contexts: Sequence[str], windows: Iterable[dict[str, Any]], logits: Sequence[np.ndarray], args: DataArguments
 ) -> list[list[dict[str, Any]]]:
-    """The n best answers to each question, best first, from `logits`, (start, end) of all its windows: text, probability
-    among the n, and logits. The same text in several windows is one answer, with the best of its scores."""
+    """The n best answers to each question, best first: text, probability among the n, and logits.
+
+    The same text in several windows is one answer, with the best of its scores.
+
+    Args:
+        contexts: text of each question.
+        windows: the columns `WAY_BACK` of each window.
+        logits: start and end logits, each of shape (windows, tokens).
+        args: how many answers, and how long.
+    """
     candidates: list[dict[str, tuple[float, float]]] = [{} for _ in contexts]
     for window, start, end in zip(windows, *logits, strict=True):
         offsets, found = window["offsets"], candidates[window["example"]]
@@ -194,8 +206,10 @@ def f1_score(prediction: str, gold: str) -> float:
 
 
 def squad_metrics(predictions: Iterable[str], golds: Iterable[Sequence[str]]) -> dict[str, float]:
-    """Exact match and F1 in percent, each question's best over its gold answers: what SQuAD's official script for v1.1
-    computes (Rajpurkar et al. 2016)."""
+    """Exact match and F1 in percent, each question's best over its gold answers.
+
+    Equal to SQuAD's official script for v1.1 (Rajpurkar et al. 2016).
+    """
     exact, f1 = [], []
     for prediction, answers in zip(predictions, golds, strict=True):
         exact.append(max(normalize_answer(prediction) == normalize_answer(answer) for answer in answers))
@@ -204,8 +218,11 @@ def squad_metrics(predictions: Iterable[str], golds: Iterable[Sequence[str]]) ->
 
 
 class SquadTrainer(Trainer):
-    """Evaluates the windows in their order. The stock Trainer groups these, too, by length where it does so in training,
-    and would hand over logits that belong to other questions."""
+    """Evaluates the windows in their order.
+
+    The stock Trainer, if it groups training examples by length, groups these too, and its logits would be those of
+    other questions.
+    """
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> None:
         return None
@@ -252,7 +269,7 @@ class SquadRun(Run):
         )
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """The Trainer's hook; keeps the answers."""
+        """Exact match and F1, the Trainer's `compute_metrics`; keeps the answers."""
         contexts, golds = self.examples["context"][:], [answers["text"] for answers in self.examples["answers"]]
         self.answers = best_answers(contexts, self.windows, prediction.predictions[:2], self.data_args)
         return squad_metrics((ranked[0]["text"] for ranked in self.answers), golds)
@@ -269,7 +286,7 @@ class SquadRun(Run):
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Train and evaluate as the command line says."""
     arguments = parse_arguments(DataArguments)
     set_seed(arguments[-1].seed)
     SquadRun(*arguments).train()

@@ -1,16 +1,17 @@
-"""Tasks arrive one after another on one frozen base, each leaves a file; one process serves them all in mixed batches.
+"""Tasks arrive one after another on one frozen base, each leaves a file; one process serves all in mixed batches.
 
     python examples/task_stream.py                                            # four small tasks that need no data
     python examples/task_stream.py --data <glue> --tasks cola stsb mrpc sst2  # <glue>/<task>/{train,validation}.parquet
     python examples/task_stream.py --data nyu-mll/glue --model sentence-transformers/all-MiniLM-L6-v2  # from the hub
 
-Each task gets a fresh head and a diff, trained by the stock Trainer; beside it LoRA on all linear layers with the same
-data, steps and head, at the learning rate that fixmask has. Then a fresh process (this command with --serve) loads the
-base once and all diffs. In batches of shuffled tasks every validation row gets its own adapter, and is compared with
-what that adapter gives alone. --output gets the adapters, task_stream.json, task_stream.md and storage.png.
+Each task gets a fresh head and a diff, trained by the stock Trainer. For comparison LoRA trains all linear layers with
+the same data, steps and head, at fixmask's learning rate. Then a fresh process (this command with --serve) loads the
+base once and all diffs. It runs the validation rows of all tasks in shuffled batches, each row with its own adapter,
+and compares them with that adapter's output alone. --output gets the adapters, task_stream.json, task_stream.md and
+storage.png.
 
-The rows of a batch share one tensor of logits, so all heads have the width of the task with the most labels. A task's
-loss and metrics see its own logits alone: STS-B (one) goes with CoLA (two).
+The rows of a batch share one tensor of logits, so all heads have the width of the task with the most labels. Loss and
+metrics of a task use its own logits alone: STS-B (one) goes with CoLA (two).
 """
 
 import argparse
@@ -20,7 +21,6 @@ import sys
 import tempfile
 import time
 import warnings
-from importlib.resources import files
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from acceptability import PHENOMENA, make_split
+from common import minilm, size_on_disk
 from datasets import Dataset
 from matplotlib.figure import Figure
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -46,16 +47,16 @@ TASKS = {"glue": ["cola", "stsb", "mrpc", "sst2"], "own": ["inversion", "word_or
 TRAINING = {"per_device_eval_batch_size": 64, "train_sampling_strategy": "group_by_length", "logging_steps": 50}
 TRAINING |= {"save_strategy": "no", "report_to": "none", "dataloader_pin_memory": False}
 LEARNING_RATE, MAX_LENGTH, OURS = 1e-4, 64, "diff pruning"
-logging.set_verbosity_error()  # a fresh head is what we want here
+logging.set_verbosity_error()  # transformers would warn of the fresh head
 logging.disable_progress_bar()
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 def parse_options() -> argparse.Namespace:
-    """From the command line."""
+    """The command line, with the default tasks filled in."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=PACKAGE, help="on the hub or in a directory; default: from its package")
-    parser.add_argument("--data", help=f"{HUB} or a directory; default: tasks of examples/acceptability.py")
+    parser.add_argument("--data", help=f"{HUB} or a directory; default: tasks of examples/acceptability")
     parser.add_argument("--tasks", nargs="+", help="in the order in which they arrive")
     parser.add_argument("--steps", type=int, default=200, help="training steps a task, half of them gating")
     parser.add_argument("--batch-size", type=int, default=32, help="rows of a batch, in training and in serving")
@@ -78,7 +79,7 @@ def parse_options() -> argparse.Namespace:
 
 
 class Task(NamedTuple):
-    """A tokenized task, and how many logits belong to it: its labels, or 1 for a regression."""
+    """A tokenized task; `labels` is the number of its logits, 1 for a regression."""
 
     name: str
     train: Dataset
@@ -86,17 +87,17 @@ class Task(NamedTuple):
     labels: int
 
     def loss(self, outputs: Any, targets: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """The Trainer's hook: mean squared error or cross entropy over the task's own logits."""
+        """Mean squared error or cross entropy over the task's own logits; the Trainer's `compute_loss_func`."""
         own = outputs.logits[:, : self.labels]
         return mse_loss(own[:, 0], targets) if self.labels == 1 else cross_entropy(own, targets)
 
     def metrics(self, logits: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-        """GLUE's, from logits of shape (rows, width of the heads)."""
+        """GLUE's metrics, from logits of shape (rows, width of the heads)."""
         return compute_metrics(self.name, logits[:, : self.labels], targets)
 
 
 def load_task(name: str, options: argparse.Namespace, tokenizer: Any) -> Task:
-    """A task's data, tokenized; to train on no more than the steps see."""
+    """A task with its data tokenized, and no more training rows than the steps use."""
     if options.data is None:
         splits = map(Dataset.from_list, make_split(options.seed, phenomena=[name]))
     else:
@@ -112,22 +113,22 @@ def load_task(name: str, options: argparse.Namespace, tokenizer: Any) -> Task:
 
 
 class Stream:
-    """The tasks, and the base that they share."""
+    """All tasks, and the base that they share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.path = str(files(PACKAGE) / "model") if options.model == PACKAGE else options.model
+        self.path = minilm() if options.model == PACKAGE else options.model
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
         self.tasks = [load_task(name, options, self.tokenizer) for name in options.tasks]
 
     def base(self) -> Any:
-        """The pretrained encoder with a fresh head that follows from the seed, wide enough for all tasks."""
+        """The pretrained encoder with a fresh head wide enough for all tasks, the same at each call."""
         set_seed(self.options.seed)
         width = max(task.labels for task in self.tasks)
         return AutoModelForSequenceClassification.from_pretrained(self.path, num_labels=width)
 
     def learn(self, task: Task, folder: Path, config: PeftConfig, rate: float, *callbacks: Any) -> dict[str, Any]:
-        """Train a fresh head and an adapter on the base, evaluate and save them."""
+        """Train a fresh head and an adapter on the base and save them; return metrics and bytes on disk."""
         batches = {"max_steps": self.options.steps, "per_device_train_batch_size": self.options.batch_size}
         args = TrainingArguments(folder, learning_rate=rate, seed=self.options.seed, **batches, **TRAINING)
         model = get_peft_model(self.base(), config)
@@ -139,7 +140,7 @@ class Stream:
         return {"metrics": task.metrics(*found[:2]), "bytes": size_on_disk(folder)}
 
     def learn_all(self, console: Console) -> dict[str, dict[str, Any]]:
-        """Each task in turn, by Diff Pruning and by LoRA; metrics and bytes on disk by method and task."""
+        """Train each task in turn, by Diff Pruning and by LoRA; return metrics and bytes by method and task."""
         output, rank = self.options.output, self.options.lora_rank
         diff = DiffPruningConfig(task_type="SEQ_CLS", target_density=self.options.density)
         lora = LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -153,7 +154,7 @@ class Stream:
 
     @torch.no_grad()
     def serve(self) -> dict[str, Any]:
-        """One base and all adapters in this process: each validation row in mixed batches, and alone."""
+        """Run the validation rows of all tasks on one base with all adapters, in mixed batches and alone."""
         base, size = self.base().to("cuda" if torch.cuda.is_available() else "cpu"), self.options.batch_size
         one, (first, *others) = base.get_memory_footprint(), self.options.tasks
         model = PeftModel.from_pretrained(base, self.options.output / first, adapter_name=first)
@@ -182,7 +183,7 @@ class Stream:
 
 
 def mixed_and_alone(model: PeftModel, names: list[str], inputs: Any) -> tuple[Tensor, Tensor]:
-    """Logits of shape (rows, width) from one mixed batch, and from each adapter's rows with that adapter active."""
+    """Logits, shape (rows, width), of one mixed batch, and of each adapter's rows with that adapter active."""
     mixed = model(**inputs, adapter_names=names).logits
     alone = torch.empty_like(mixed)
     for name in set(names):
@@ -190,11 +191,6 @@ def mixed_and_alone(model: PeftModel, names: list[str], inputs: Any) -> tuple[Te
         model.set_adapter(name)
         alone[rows] = model(**{key: value[rows] for key, value in inputs.items()}).logits
     return mixed, alone
-
-
-def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all files in a directory."""
-    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 @torch.no_grad()
@@ -214,7 +210,7 @@ def measure_whole(model: Any) -> dict[str, int]:
 
 
 def storage(learned: dict[str, dict[str, Any]], whole: dict[str, int]) -> dict[str, dict[int, dict[str, int]]]:
-    """Bytes on disk by number of tasks and way of keeping them, measured, and extrapolated with the mean of a task."""
+    """Bytes on disk by number of tasks and way to store them, measured or extrapolated from the mean of a task."""
     count = len(learned[OURS])
     each = {f"base + {method}": [found["bytes"] for found in tasks.values()] for method, tasks in learned.items()}
     each |= {"full copies": [whole["full"]] * count, "released code": [whole["released"]] * count}
@@ -228,7 +224,7 @@ def storage(learned: dict[str, dict[str, Any]], whole: dict[str, int]) -> dict[s
 
 
 def plot(table: dict[str, dict[int, dict[str, int]]], path: Path) -> None:
-    """Storage against the number of tasks, dashed where it is extrapolated."""
+    """Draw storage against the number of tasks, dashed where it is extrapolated."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes, measured, rows = figure.subplots(), len(table["measured"]), table["measured"] | table["extrapolated"]
     for index, way in enumerate(rows[1]):
@@ -242,7 +238,7 @@ def plot(table: dict[str, dict[int, dict[str, int]]], path: Path) -> None:
 
 
 def markdown(title: str, rows: list[tuple[Any, ...]]) -> str:
-    """A table, whose first row is its header; metrics in percent."""
+    """A table, with the header as its first row and metrics in percent."""
 
     def text(cell: Any) -> str:
         if isinstance(cell, dict):
@@ -268,7 +264,7 @@ def report(learned: dict[str, Any], served: dict[str, Any], table: dict[str, dic
 
 
 def main() -> None:
-    """Learn the tasks in turn, serve them in a fresh process, show and keep what was measured."""
+    """Learn the tasks in turn, serve them in a fresh process, show and keep the results."""
     options = parse_options()
     stream = Stream(options)
     if options.serve:

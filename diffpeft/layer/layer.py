@@ -21,7 +21,7 @@ from diffpeft.layer.merging import MergeStack
 from diffpeft.layer.tensors import AdapterTensors
 from diffpeft.sparse.functions import Diff, patched_embedding, patched_linear, sampling_pays, sparse_parameter
 from diffpeft.sparse.inplace import Entry, InplaceUpdate, can_be_overwritten
-from diffpeft.trainer.launch import check_whole
+from diffpeft.sparse.sharded import check_whole
 
 MANY = 1 << 20
 """Elements of an embedding beyond which the rows of a batch are made, and no others."""

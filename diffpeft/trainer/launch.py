@@ -6,42 +6,14 @@ all of them, and pruning replaces parameters, of which a sharded model has only 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 
-REMEDY = "gate and prune in one process or under plain DistributedDataParallel, then train on here with gating_steps=0"
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process holds only a piece of the tensor."""
-    return isinstance(tensor, DTensor)
-
-
-def check_whole(tensors: Iterable[Tensor], action: str) -> None:
-    """Raise ValueError if one of the tensors is sharded; `action` says what needs them whole."""
-    if torch.distributed.is_initialized() and any(is_sharded(tensor) for tensor in tensors):
-        raise ValueError(f"{action} needs whole parameters, but FSDP has sharded these over processes; {REMEDY}")
-
-
-def check_low_memory() -> None:
-    """Raise ValueError where gradients that are used up within the backward pass would not be the update's."""
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if processes > 1:
-        raise ValueError(
-            f"low_memory=True uses gradients up before {processes} processes could average them; launch one process, or use "
-            "low_memory=False"
-        )
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision == "fp16":
-        raise ValueError(
-            "low_memory=True uses gradients up before fp16's scaler could unscale them; use bf16, or low_memory=False"
-        )
+from diffpeft.gates.update.in_backward import check_low_memory
+from diffpeft.sparse.sharded import REMEDY
 
 
 def check_launch(args: TrainingArguments, gating: bool, warmup: float, low_memory: bool = False) -> None:

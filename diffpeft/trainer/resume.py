@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from diffpeft.layer.gating import GATING_BUFFERS
 from diffpeft.layer.tensors import GATING_PARAMETERS
 from diffpeft.model import DiffPruningModel
-from diffpeft.trainer.launch import is_sharded
+from diffpeft.sparse.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
 

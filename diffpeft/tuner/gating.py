@@ -13,7 +13,7 @@ from diffpeft.config import DiffPruningConfig
 from diffpeft.files.values import stored_size
 from diffpeft.gates import hard_concrete as gates
 from diffpeft.gates.update import rules as gate_update
-from diffpeft.gates.update.in_backward import InBackward
+from diffpeft.gates.update.in_backward import InBackward, check_low_memory
 from diffpeft.gates.update.low_memory import LeanGates
 from diffpeft.gates.update.state import Gates, Group, expected_nonzeros, open_elements
 from diffpeft.layer.find import outer_modules
@@ -21,7 +21,7 @@ from diffpeft.layer.gating import GATING_BUFFERS, GateTensors
 from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.layer.tensors import is_quantized, own_shapes
 from diffpeft.sparse import elias_fano as positions
-from diffpeft.trainer.launch import check_low_memory, check_whole
+from diffpeft.sparse.sharded import check_whole
 from diffpeft.tuner.serving import Serving
 
 GATING, FIXMASK = "gating", "fixmask"

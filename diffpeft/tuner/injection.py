@@ -27,7 +27,7 @@ from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.layer.output import OutputLayer
 from diffpeft.layer.root import RootParameters
 from diffpeft.layer.tensors import own_shapes
-from diffpeft.trainer.launch import check_whole
+from diffpeft.sparse.sharded import check_whole
 from diffpeft.tuner import loading
 from diffpeft.tuner.head import FileCheck, fresh_head
 

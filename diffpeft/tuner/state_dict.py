@@ -10,7 +10,7 @@ from diffpeft.files import values
 from diffpeft.layer.find import outer_modules
 from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.layer.tensors import POSITIONS, VALUES
-from diffpeft.trainer.launch import is_sharded
+from diffpeft.sparse.sharded import is_sharded
 from diffpeft.tuner import loading
 from diffpeft.tuner.switching import Switching
 

@@ -1,9 +1,9 @@
 """A small linguistic-acceptability task: is this English sentence acceptable or not?
 
-It has the shape of CoLA and the minimal pairs of BLiMP, but no text of either: the word lists and the templates were written
-for this project and come under its licence, Apache-2.0. Each template makes a pair, an acceptable sentence (label 1) and a
-minimally different unacceptable one (label 0): one word exchanged, or the same words in another order. Ten phenomena
-(`PHENOMENA`) contribute equally, and both sentences of a pair are in the same split.
+It has the shape of CoLA and the minimal pairs of BLiMP, but no text of either: the word lists and the templates were
+written for this project and come under its licence, Apache-2.0. Each template makes a pair, an acceptable sentence
+(label 1) and a minimally different unacceptable one (label 0): one word exchanged, or the same words in another order.
+Ten phenomena (`PHENOMENA`) contribute equally, and both sentences of a pair are in the same split.
 
 Two things keep the task from being solved by looking words up:
 

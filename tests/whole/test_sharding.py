@@ -17,7 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from transformers import BertConfig, BertForSequenceClassification
 
 from diffpeft import DiffPruningConfig
-from diffpeft.trainer.launch import check_launch, check_whole
+from diffpeft.sparse.sharded import check_whole
+from diffpeft.trainer.launch import check_launch
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import GradientState
+from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -173,3 +173,21 @@ class _Rule(NamedTuple):
     take: Callable[[Tensor, float, float], bool]
     pending: Callable[[], Pending]
     group: int | None
+
+
+def check_low_memory() -> None:
+    """Raise ValueError where gradients that are used within the backward pass would not be the update's.
+
+    Raises:
+        ValueError: several processes, which average gradients after it; fp16, whose scaler unscales them after it.
+    """
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if processes > 1:
+        raise ValueError(
+            f"low_memory=True uses gradients up before {processes} processes could average them; launch one process, or use "
+            "low_memory=False"
+        )
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision == "fp16":
+        raise ValueError(
+            "low_memory=True uses gradients up before fp16's scaler could unscale them; use bf16, or low_memory=False"
+        )

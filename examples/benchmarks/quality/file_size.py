@@ -3,9 +3,9 @@
     python examples/benchmarks/quality/file_size.py                   # two to three minutes on two cores
     python examples/benchmarks/quality/file_size.py --steps 20 --json sizes.json
 
-Trains gates on the quickstart's task with all-MiniLM-L6-v2, prunes copies of that model to several densities and saves each.
-"payload" counts the diff's tensors, "file" also the file's header; neither counts the head. The bound is the entropy of the
-positions, log2 of the number of ways to choose them in each parameter, and the bits of the values.
+Trains gates on the quickstart's task with all-MiniLM-L6-v2, prunes copies of that model to several densities and saves
+each. "payload" counts the diff's tensors, "file" also the file's header; neither counts the head. The bound is the
+entropy of the positions, log2 of the number of ways to choose them in each parameter, and the bits of the values.
 """
 
 import argparse

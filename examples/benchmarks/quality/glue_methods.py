@@ -1,7 +1,7 @@
 """Diff Pruning beside full fine-tuning, the head alone, and pruning without gates: same script, data and steps.
 
-    python examples/benchmarks/quality/glue_methods.py --data_dir <glue> --tasks mrpc rte stsb      # hours on two cores
-    python examples/benchmarks/quality/glue_methods.py --table                                      # from the kept results
+    python examples/benchmarks/quality/glue_methods.py --data_dir <glue> --tasks mrpc rte stsb   # hours on two cores
+    python examples/benchmarks/quality/glue_methods.py --table                                   # from the kept results
 
 Runs examples/run_glue.py once for each task and method with all-MiniLM-L6-v2 from its package. Keeps each run's
 all_results.json and its expected density by step in results/glue_minilm/, and writes the table and the plot there.

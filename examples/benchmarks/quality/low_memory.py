@@ -3,8 +3,8 @@
     python examples/benchmarks/quality/low_memory.py --data_dir <glue>          # half an hour on a core with other work
     python examples/benchmarks/quality/low_memory.py --table                    # from the kept results
 
-all-MiniLM-L6-v2 trains on the same rows with the same learning rate, steps and seeds. The table has the accuracy on SST-2's
-validation set after gating, pruning and fixmask, and the expected density right before pruning. Results go to
+all-MiniLM-L6-v2 trains on the same rows with the same learning rate, steps and seeds. The table has the accuracy on
+SST-2's validation set after gating, pruning and fixmask, and the expected density right before pruning. Results go to
 results/low_memory/.
 """
 

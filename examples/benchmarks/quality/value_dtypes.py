@@ -1,10 +1,10 @@
 """Bytes and accuracy of the quickstart's adapter by the dtype of its values.
 
-    python examples/benchmarks/quality/value_dtypes.py                          # trains it first, three minutes on two cores
+    python examples/benchmarks/quality/value_dtypes.py              # trains it first, three minutes on two cores
     python examples/benchmarks/quality/value_dtypes.py --adapter runs/quickstart
 
-Casts the values of copies of one trained adapter, saves each and loads it on the pretrained encoder. The bytes are those of
-the file with its header and without the head; the error is that of all values together, in the 2-norm.
+Casts the values of copies of one trained adapter, saves each and loads it on the pretrained encoder. The bytes are
+those of the file with its header and without the head; the error is that of all values together, in the 2-norm.
 """
 
 import argparse

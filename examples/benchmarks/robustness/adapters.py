@@ -27,7 +27,7 @@ class Base(NamedTuple):
 
 
 def make_base(directory: Path, seed: int, width: int = 12) -> Base:
-    """A small BERT of random weights. The encoded positions of its 99 x 12 word embeddings can hold some out of range."""
+    """A small BERT of random weights, whose 99 x 12 word embeddings leave room for encoded positions out of range."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": 99, "hidden_size": width, "num_labels": width, "intermediate_size": 20}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 33}

@@ -121,7 +121,10 @@ def rewrite(files: Files, rng: random.Random, change: Callable[..., Any]) -> Non
 
 
 def damages(own: Files, twin: Files, other: Files) -> Iterator[tuple[str, Change]]:
-    """Names and changes of all kinds of damage. `twin` is an adapter of the same heads and counts, `other` has neither."""
+    """Names and changes of all kinds of damage.
+
+    `own` are the files to damage; `twin` is an adapter with the same heads and counts, `other` one with neither.
+    """
     parts, start = regions(own[WEIGHTS]), own[CONFIG].index(b'"base_fingerprint"')
     stop = own[CONFIG].index(b"}", start)
     body, seals = range(len(parts["header"]), len(own[WEIGHTS])), parts["seals"][:: seal.SEAL]

@@ -10,8 +10,8 @@ Each way of loading gets the same damaged files of a small adapter with heads. T
 - harmless: logits, diff and heads are those of the undamaged adapter, to the bit;
 - silent: anything else, which makes the exit code 1.
 
-"Seals" are the checksums of the diff. "Sealed" damage has right checksums, as if the adapter had been written that way, so that
-another check must find it.
+"Seals" are the checksums of the diff. "Sealed" damage has right checksums, as if the adapter had been written that
+way, so that another check must find it.
 """
 
 import argparse
@@ -50,8 +50,8 @@ from diffpeft.tools.cli import app
 
 COLUMNS = ("tried", "refused", "harmless", "told", "silent")
 NOTES = """Read without a model, an adapter means the same beside any base of its shape. `load_adapter over one` is what
-resuming a Trainer does: PEFT does not look at the config then. The code of positions keeps all but their low bits sorted,
-so that only positions with the same high bits can stand out of order.
+resuming a Trainer does: PEFT does not look at the config then. The encoding of positions keeps all but their low bits
+sorted, so that only positions with the same high bits can stand out of order.
 """
 
 
@@ -199,7 +199,8 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
-        text = f"{versions()}; {options.trials} trials, seed {options.seed}\n\n{markdown(header, grouped(rows))}\n\n{NOTES}"
+        first = f"{versions()}; {options.trials} trials, seed {options.seed}"
+        text = f"{first}\n\n{markdown(header, grouped(rows))}\n\n{NOTES}"
         (options.output / "damaged_files.md").write_text(text)
         (options.output / "damaged_files.json").write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -4,9 +4,10 @@
     python examples/benchmarks/robustness/kill_and_resume.py --kills 200 --seed 1
 
 The stock Trainer with DiffPruningCallback trains a small BERT and saves every third step. A process trains until it is
-killed, and the next one resumes from `diffpeft.last_checkpoint`. A third of the kills come at any time; the others aim at rare
-moments: starting up, saving, which deletes old checkpoints too, and the transition from gating to fixmask. The exit code is
-1 if the last checkpoint differs from the unbroken run's, or if a kill cost more than the steps since the last save.
+killed, and the next one resumes from `diffpeft.last_checkpoint`. A third of the kills come at any time; the others aim
+at rare moments: starting up, saving, which deletes old checkpoints too, and the transition from gating to fixmask. The
+exit code is 1 if the last checkpoint differs from the unbroken run's, or if a kill cost more than the steps since the
+last save.
 """
 
 import argparse

@@ -2,13 +2,15 @@
 
     python examples/benchmarks/robustness/penalty.py --json penalty.json > penalty.md      # a minute, two cores
 
-A small random BERT makes its first update of the gates in the stock Trainer, with a fixed lambda and with lambda 0. The
-difference between the gradients in the gates' moments, over lambda times the gradient of `l0_penalty()` by autograd, must be
-1 for each gate, or the exit code is 1. For comparison there is the same ratio for a penalty that the tuner's forward adds to
-`outputs.loss`, as AdaLoRA does; clipping scales it together with the gradient of the task, and the ratio shows both. The last
-column is the expected density after 20 updates with the automatic lambda, over its target.
+A small random BERT makes its first update of the gates in the stock Trainer, with a fixed lambda and with lambda 0.
+The difference between the gradients in the gates' moments, over lambda times the gradient of `l0_penalty()` by
+autograd, must be 1 for each gate, or the exit code is 1. For comparison there is the same ratio for a penalty that the
+tuner's forward adds to `outputs.loss`, as AdaLoRA does; clipping scales it together with the gradient of the task, and
+the ratio shows both. The last column is the expected density after 20 updates with the automatic lambda, over its
+target.
 
-Accelerate has no fp16 on CPUs (the Trainer's `fp16=True` trains in fp32 there), so that row is a loop with a GradScaler.
+Accelerate has no fp16 on CPUs (the Trainer's `fp16=True` trains in fp32 there), so that row is a loop with a
+GradScaler.
 """
 
 import argparse
@@ -53,7 +55,7 @@ ARGUMENTS = {"learning_rate": 1e-3, "max_grad_norm": 1e6, "save_strategy": "no",
 
 
 def make_model(l0_lambda: float | str, task_type: str | None) -> Any:
-    """The same small BERT at each call, with a diff of random values, so that the task's gradient reaches the gates at once."""
+    """The same small BERT at each call, with a random diff, so that the task's gradient reaches the gates at once."""
     base = make_base(max_position_embeddings=32)
     settings = {"task_type": task_type, "l0_lambda": l0_lambda, "init_weights": False}
     return get_peft_model(base, DiffPruningConfig(target_density=TARGET, **settings))

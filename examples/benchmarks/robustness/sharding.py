@@ -3,10 +3,10 @@
     python examples/benchmarks/robustness/sharding.py --output runs/sharding     # two minutes, two cores
     pip install deepspeed                                                        # for the rows of ZeRO
 
-A pruned diff on a small random BERT trains for eight steps, with a checkpoint after four, and once more from that checkpoint.
-The table shows how far the loss and the saved values are from those under DistributedDataParallel, and whether the resumed run
-ends with the same bits. Accelerate turns FSDP and DeepSpeed on only where there are GPUs; on CPUs this script tells it that
-there are processes to shard over, and gloo carries what they send.
+A pruned diff on a small random BERT trains for eight steps, with a checkpoint after four, and once more from that
+checkpoint. The table shows how far the loss and the saved values are from those under DistributedDataParallel, and
+whether the resumed run ends with the same bits. Accelerate turns FSDP and DeepSpeed on only where there are GPUs; on
+CPUs this script tells it that there are processes to shard over, and gloo carries what they send.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def main() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         # gloo's threads may still hold tensors that Python has, and abort the process if they let go of them while the
-        # interpreter ends (pytorch/pytorch#179291). All is written, so the process leaves without ending the interpreter.
+        # interpreter ends (pytorch/pytorch#179291). All is written, so the process leaves without that.
         os._exit(0)
     with tempfile.TemporaryDirectory() as scratch:
         rows, different = compare(Path(scratch))

@@ -2,11 +2,12 @@
 
     python examples/benchmarks/robustness/two_processes.py --output runs/two_processes    # four minutes, two cores
 
-The stock Trainer with DiffPruningCallback teaches a small random BERT whether most of a row's tokens come from the upper half
-of the vocabulary: in one process with batches of 16, and in two under DistributedDataParallel (torchrun, gloo) with 8 each.
-The two processes must hold the same bits at the end of each phase, in the diff and in the head, or the exit code is 1. They
-sample gates and dropout differently from one process, so that results can only be equal within noise. As a measure of noise,
-the positions that one process and two have in common stand beside those of two seeds of one process.
+The stock Trainer with DiffPruningCallback teaches a small random BERT whether most of a row's tokens come from the
+upper half of the vocabulary: in one process with batches of 16, and in two under DistributedDataParallel (torchrun,
+gloo) with 8 each. The two processes must hold the same bits at the end of each phase, in the diff and in the head, or
+the exit code is 1. They sample gates and dropout differently from one process, so that results can only be equal
+within noise. As a measure of noise, the positions that one process and two have in common stand beside those of two
+seeds of one process.
 """
 
 import argparse

@@ -22,8 +22,9 @@ LEARNING_RATE = 1e-4
 def make_config(method: str, base: nn.Module, density: float) -> PeftConfig:
     """The config of a method.
 
-    "fixmask" trains a share `density` of all parameters. "lora", "shira", "supertuning" and "fixmask-linear" train equally
-    many parameters of the encoder's linear layers: as many as LoRA has at the rank that comes nearest to `density`.
+    "fixmask" trains a share `density` of all parameters. "lora", "shira", "supertuning" and "fixmask-linear" train
+    equally many parameters of the encoder's linear layers: as many as LoRA has at the rank that comes nearest to
+    `density`.
     """
     shapes = linear_shapes(base)
     linear = sum(shape.numel() for shape in shapes)

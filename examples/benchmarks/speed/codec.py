@@ -3,9 +3,9 @@
     python examples/benchmarks/speed/codec.py
     python examples/benchmarks/speed/codec.py --sizes 1e6 --densities 0.005 0.5 0.999 --json codec.json
 
-A size is a number of random positions, in a tensor of so many elements that they have the density. Times are medians of the
-process's own time, so that other jobs on the machine count little. A ratio compares encoded positions and values together
-with their bound: the entropy of the positions and the bits of the values.
+A size is a number of random positions, in a tensor of so many elements that they have the density. Times are medians
+of the process's own time, so that other jobs on the machine count little. A ratio compares encoded positions and
+values together with their bound: the entropy of the positions and the bits of the values.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Memory and time of `extract_diff` on a large checkpoint: a random Llama, and the same one with noise on every weight.
 
-    python examples/benchmarks/speed/extract.py                               # 1.1 B parameters, bf16: 2 x 2.2 GB on disk
+    python examples/benchmarks/speed/extract.py                       # 1.1 B parameters, bf16: 2 x 2.2 GB on disk
     python examples/benchmarks/speed/extract.py --layers 32 --hidden 4096 --work /scratch     # 7 B: 2 x 13.5 GB
 
 Extraction runs in a process of its own; its peak is counted above the level after imports.

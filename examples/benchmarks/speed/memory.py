@@ -1,6 +1,6 @@
 """Memory of a training step: gating, full fine-tuning, fixmask, LoRA, SHiRA, Super-Tuning.
 
-    python examples/benchmarks/speed/memory.py --json memory.json                            # the sizes of MiniLM and BERT-large
+    python examples/benchmarks/speed/memory.py --json memory.json                   # the sizes of MiniLM and BERT-large
     python examples/benchmarks/speed/memory.py --sizes --tensors --batch_size 2 --length 64 \
         --methods full gating lora fixmask-linear fixmask --json memory_sizes.json     # six sizes, for scaling.py
     python examples/benchmarks/speed/memory.py --model small --tensors --batch_size 4 --length 64 \
@@ -8,15 +8,15 @@
         --json memory_densities.json                                                   # four densities, for scaling.py
     python examples/benchmarks/speed/memory.py --device cuda --autocast --batch_size 32
 
-Methods and steps are those of step_cost.py. Each method runs in a fresh process that counts what PyTorch's allocator hands
-out, which is exact and the same in every run. On a CPU a second process asks the operating system, and subtracts the level
-before the model is built.
+Methods and steps are those of step_cost.py. Each method runs in a fresh process that counts what PyTorch's allocator
+hands out, which is exact and the same in every run. On a CPU a second process asks the operating system, and subtracts
+the level before the model is built.
 
 - state: base, adapter and optimizer between two steps; also in bytes for each parameter of the model;
 - for backward: memory that the forward pass leaves for the backward pass;
 - peak: the most at any time of a step, the state included;
-- peak of the process: the system's figure, which includes what torch.compile keeps. The first step, in which it compiles,
-  has a column of its own.
+- peak of the process: the system's figure, which includes what torch.compile keeps. The first step, in which it
+  compiles, has a column of its own.
 """
 
 import argparse

@@ -3,10 +3,11 @@
     python examples/benchmarks/speed/pruning.py --json pruning.json              # six sizes, up to BERT-large's 335 M
     python examples/benchmarks/speed/pruning.py --model large --threads 1
 
-99% of the gates are far shut (log_alpha from -10 to -5), the others open; the dense diff is random; pruning keeps 0.5% of all
-parameters. Each size is pruned in fresh processes: several times for the time, of which the median counts, and once each for
-the memory by PyTorch's allocator and, on a CPU, by the system. Extra memory is the peak above the level at which pruning
-begins, the new diff included. Memory of gating that is freed on the way lowers the system's peak, but not the CPU allocator's.
+99% of the gates are far shut (log_alpha from -10 to -5), the others open; the dense diff is random; pruning keeps 0.5%
+of all parameters. Each size is pruned in fresh processes: several times for the time, of which the median counts, and
+once each for the memory by PyTorch's allocator and, on a CPU, by the system. Extra memory is the peak above the level
+at which pruning begins, the new diff included. Memory of gating that is freed on the way lowers the system's peak, but
+not the CPU allocator's.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Draw step time and memory against the model's size and the diff's density, from the JSON of step_cost.py and memory.py.
+"""Draw step time and memory against the model's size and against density, from the JSON of step_cost.py and memory.py.
 
     python examples/benchmarks/speed/scaling.py --output scaling.png \
         --step sizes.json --memory memory_sizes.json \

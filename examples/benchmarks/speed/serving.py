@@ -4,18 +4,18 @@
     python examples/benchmarks/speed/serving.py --model large --parts loading
     python examples/benchmarks/speed/serving.py --device cuda --dtype bfloat16
 
-LoRA has rank 8 on all linear layers of the encoder, a diff 0.5% of all parameters; their values are random. Compared actions
-are timed in turn, in one process, and the median counts.
+LoRA has rank 8 on all linear layers of the encoder, a diff 0.5% of all parameters; their values are random. Compared
+actions are timed in turn, in one process, and the median counts.
 
 - inference: one adapter, unmerged and merged, beside the base alone;
 - switching: merge another task instead, as in task_switch.py;
-- mixing: 64 rows of 8 tasks in one forward pass (`adapter_names=`), beside a pass of 8 rows for each task; also on the base
-  alone, which shows how much a single pass can save;
-- loading: `PeftModel.from_pretrained` onto a base in memory, without and with a first forward pass of one row, in which a
-  diff is decoded and checked. LoRA has the rank whose file is nearest in size. Files are in the page cache.
+- mixing: 64 rows of 8 tasks in one forward pass (`adapter_names=`), beside a pass of 8 rows for each task; also on the
+  base alone, which shows how much a single pass can save;
+- loading: `PeftModel.from_pretrained` onto a base in memory, without and with a first forward pass of one row, in
+  which a diff is decoded and checked. LoRA has the rank whose file is nearest in size. Files are in the page cache.
 
-The script exits with an error unless a diff's outputs are the same bits unmerged, merged and loaded, and the rows of a mixed
-batch are to rounding what their own adapter computes alone. LoRA is checked to rounding.
+The script exits with an error unless a diff's outputs are the same bits unmerged, merged and loaded, and the rows of a
+mixed batch are to rounding what their own adapter computes alone. LoRA is checked to rounding.
 """
 
 import argparse

@@ -1,18 +1,19 @@
 """Time of a training step: gating beside full fine-tuning, fixmask beside LoRA, SHiRA and Super-Tuning.
 
-    python examples/benchmarks/speed/step_cost.py --json step_cost.json                      # the sizes of MiniLM and BERT-large
+    python examples/benchmarks/speed/step_cost.py --json step_cost.json             # the sizes of MiniLM and BERT-large
     python examples/benchmarks/speed/step_cost.py --sizes --json sizes.json                  # six sizes, for scaling.py
     python examples/benchmarks/speed/step_cost.py --model base --densities 0.001 0.005 0.01 0.05 \
         --methods lora fixmask-linear fixmask --json densities.json                    # four densities, for scaling.py
     python examples/benchmarks/speed/step_cost.py --device cuda --autocast --batch_size 32
 
-A step is forward, backward, clipping, the work of DiffPruningCallback, fused AdamW and zero_grad, with dropout. Gating is
-measured from 60% of the phase on, where the gates move. With `--dtype bfloat16` full fine-tuning trains bfloat16 weights.
+A step is forward, backward, clipping, the work of DiffPruningCallback, fused AdamW and zero_grad, with dropout. Gating
+is measured from 60% of the phase on, where the gates move. With `--dtype bfloat16` full fine-tuning trains bfloat16
+weights.
 
-The methods of a group are timed in turn, in one process, and the median counts. Full fine-tuning and a variant of gating
-are a group. The other group is LoRA, SHiRA, Super-Tuning and `fixmask-linear`, which train the encoder's linear layers with
-as many parameters as LoRA has at the rank that comes nearest to the density, and `fixmask`, with this density of all
-parameters.
+The methods of a group are timed in turn, in one process, and the median counts. Full fine-tuning and a variant of
+gating are a group. The other group is LoRA, SHiRA, Super-Tuning and `fixmask-linear`, which train the encoder's linear
+layers with as many parameters as LoRA has at the rank that comes nearest to the density, and `fixmask`, with this
+density of all parameters.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python examples/benchmarks/speed/task_switch.py            # MiniLM and a random model of BERT-large's size
     python examples/benchmarks/speed/task_switch.py --models minilm --repeats 21 --json switch.json
 
-A switch of LoRA is `unmerge_adapter(); set_adapter(other); merge_adapter()`. A switch of diffs is `switch_adapter(other)`,
-and for comparison also the three calls. LoRA has rank 8 on all linear layers of the encoder; the diffs have 0.5% of all
-parameters. All ways are timed in turn, in one process, and the median counts. Between two switches the script reads as much
-other memory as caches hold, as a forward pass would.
+A switch of LoRA is `unmerge_adapter(); set_adapter(other); merge_adapter()`. A switch of diffs is
+`switch_adapter(other)`, and for comparison also the three calls. LoRA has rank 8 on all linear layers of the encoder;
+the diffs have 0.5% of all parameters. All ways are timed in turn, in one process, and the median counts. Between two
+switches the script reads as much other memory as caches hold, as a forward pass would.
 """
 
 import argparse
