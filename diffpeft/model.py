@@ -1,26 +1,22 @@
-"""The tuner: wraps the modules of a base model, and takes an adapter through gating, pruning and fixmask."""
+"""What a user calls: `peft_model.base_model`, which takes an adapter through gating, pruning and fixmask."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
-from diffpeft.config import DiffPruningConfig, check_density
-from diffpeft.gates.scores import GatedDiff
+from diffpeft.files.values import rounded
 from diffpeft.layer.layer import DiffPruningLayer
-from diffpeft.layer.tensors import GATING_PARAMETERS, VALUES
-from diffpeft.sparse import scan
-from diffpeft.sparse import top_k as pruning
-from diffpeft.sparse.sharded import check_whole
-from diffpeft.tuner.combining import Combining
-from diffpeft.tuner.gating import GATING
-from diffpeft.tuner.optimizer import check_replaceable, replace_parameters
+from diffpeft.tuner import combining, pruning
+from diffpeft.tuner.base import FIXMASK
+from diffpeft.tuner.gating import GatingPhase
 
 
-class DiffPruningModel(Combining):
+class DiffPruningModel(GatingPhase):
     """Diff Pruning (arXiv 2012.07463) on a base model; what `peft_model.base_model` is.
 
     An adapter is in one of two phases. In "gating" every adapted parameter has a dense diff w and hard-concrete gates;
@@ -30,9 +26,11 @@ class DiffPruningModel(Combining):
 
     @classmethod
     def of(cls, model: nn.Module | None) -> DiffPruningModel | None:
-        """The tuner of a model: that of a `PeftModel`, or, where transformers' `model.add_adapter` or PEFT's
-        `inject_adapter_in_model` put the adapters in, a view of the model that has the tuner's methods. None where there
-        is no diff-pruning adapter."""
+        """The tuner of a model; None where there is no diff-pruning adapter.
+
+        Where transformers' `model.add_adapter` or PEFT's `inject_adapter_in_model` put the adapters in, it is a view of the
+        model that has the tuner's methods.
+        """
         if isinstance(model, PeftModel):
             return model.base_model if isinstance(model.base_model, cls) else None
         if model is None or isinstance(model, cls):
@@ -46,7 +44,8 @@ class DiffPruningModel(Combining):
         tuner.training = model.training
         return tuner
 
-    @torch.no_grad()
+    # From gating to fixmask
+
     def magnitude_prune(
         self,
         density: float | None = None,
@@ -67,58 +66,104 @@ class DiffPruningModel(Combining):
             ValueError: the adapter is pruned already; density outside (0, 1], or so small that nothing is kept, or more
                 than the adapted modules have; a diff that is not finite; an optimizer that cannot be re-pointed.
         """
-        name = self._name(adapter_name)
-        config: DiffPruningConfig = self.peft_config[name]
-        if self.phase(name) != GATING:
-            raise ValueError(
-                f"adapter {name!r} is pruned already, to {self._count(name)} nonzeros; it cannot be pruned twice"
-            )
-        density = config.target_density if density is None else density
-        check_density(density)
-        total, adapted = self.num_base_parameters(), self._count(name)
-        k = round(density * total)
-        if not 1 <= k <= adapted:
-            raise ValueError(
-                f"density={density} of {total} base parameters is {k} nonzeros, but the adapted modules offer 1 to "
-                f"{adapted}; change target_density or target_modules"
-            )
-        if any(name in layer.merged_adapters for layer in self._layers(name)):
-            raise ValueError(f"adapter {name!r} is merged into the base model; call unmerge_adapter() before pruning")
-        old = {layer: layer.adapter_parameters(name) for layer in self._layers(name)}
-        check_whole((p for parameters in old.values() for p in parameters), "magnitude_prune")
-        if optimizer is not None:
-            check_replaceable(optimizer, {p for parameters in old.values() for p in parameters if p.requires_grad})
+        return pruning.magnitude_prune(self, self.resolve(adapter_name), density, optimizer)
 
-        owners = [(layer, parameter) for layer in old for parameter in layer.shapes]
-        diffs = [_diff(layer, name, parameter) for layer, parameter in owners]
-        kept, threshold = scan.top_k(diffs, k)
-        per_parameter, replacement = {}, dict[nn.Parameter, nn.Parameter | None]()
-        chosen = {owner: (p, diff.values(p)) for owner, diff, p in zip(owners, diffs, kept, strict=True)}
-        for layer, parameters in old.items():
-            diff, w = (
-                {parameter: chosen[layer, parameter] for parameter in layer.shapes},
-                dict(layer.diffpruning_w[name]),
-            )
-            for parameter, (where, _) in diff.items():
-                per_parameter[layer.parameter_key(parameter)] = where.numel(), w[parameter].numel()
-            layer.set_diff(name, diff)
-            values = getattr(layer, VALUES)[name]
-            replacement.update(dict.fromkeys(parameters))
-            replacement.update({w[parameter]: values[parameter] for parameter in values})
-        # A copy: the caller's config stays what it was, to begin another adapter with.
-        config = self.peft_config[name] = copy.copy(config)
-        config.target_density = density
-        config.nnz_pattern = {key: count for key, (count, _) in per_parameter.items() if count}
-        for layer in old:
+    # The diff
+
+    @torch.no_grad()
+    def get_diff(self, adapter_name: str | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """The diff: (positions, values) of each parameter with nonzeros, by its name in the base model.
+
+        Positions are flat, int64, sorted; values fp32. In gating these are the nonzeros under deterministic gates.
+        """
+        name = self.resolve(adapter_name)
+        diff = {}
+        for layer in self.layers_of(name):
+            for parameter in layer.shapes if layer.is_gating(name) else ():
+                delta = layer.dense_delta(name, parameter).reshape(-1)
+                positions = torch.nonzero(delta).squeeze(1)
+                if positions.numel():
+                    diff[layer.parameter_key(parameter)] = positions, delta[positions]
+            for sparse in layer.sparse_diffs(name).values():
+                diff[sparse.key] = sparse.positions, sparse.values.detach().float().clone()
+        return diff
+
+    def open_values(self) -> None:
+        """Check and decode the diffs that adapters have from files, which the first forward pass would do.
+
+        Call it before FSDP shards the model. Raises ValueError for diffs that were never loaded or are damaged.
+        """
+        for layer in self.all_layers():
+            for adapter_name in self.peft_config:
+                for diff in layer.sparse_diffs(adapter_name).values():
+                    diff.values  # noqa: B018 - decodes at first use
+
+    @torch.no_grad()
+    def cast_values(self, dtype: str, adapter_name: str | None = None) -> None:
+        """Round a pruned diff's values, for a file of fewer bytes.
+
+        "bfloat16" or "float16" take half of "float32", "int8" a quarter. In memory values stay fp32. Once they train on they
+        are saved in fp32 again.
+
+        Raises:
+            ValueError: in gating, for another dtype, and where values would become infinite.
+        """
+        name = self.resolve(adapter_name)
+        if self.phase(name) != FIXMASK:
+            raise ValueError(f"adapter {name!r} is in gating, its values are not final; call magnitude_prune first")
+        config = copy.copy(self.peft_config[name])
+        config.value_dtype = dtype
+        config.__post_init__()
+        diffs = [diff for layer in self.layers_of(name) for diff in layer.sparse_diffs(name).values()]
+        result = [rounded(diff.values, dtype) for diff in diffs]
+        for diff, values in zip(diffs, result, strict=True):
+            if not bool(values.isfinite().all()):
+                raise ValueError(f"{diff.key} has values beyond {dtype}; use 'bfloat16'")
+        for diff, values in zip(diffs, result, strict=True):
+            diff.parameter.data = values
+        for layer in self.layers_of(name):
             layer.configs[name] = config
-            layer.noise.scratch.clear()
-        if optimizer is not None:
-            replace_parameters(optimizer, replacement)
-        return pruning.PruningSummary(k, total, threshold.value, per_parameter)
+        self.peft_config[name] = config
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+        *,
+        target_density: float | None = None,
+        heads_from: str | None = None,
+    ) -> None:
+        """Add a pruned adapter that combines others; see [`diffpeft.sparse.combine`]. It is frozen and not active.
 
-def _diff(layer: DiffPruningLayer, adapter_name: str, parameter: str) -> GatedDiff:
-    """The diff of one parameter in gating."""
-    w, log_alpha, group_log_alpha = (getattr(layer, kind)[adapter_name] for kind in GATING_PARAMETERS)
-    parts = (w[parameter].detach(), log_alpha.get(parameter, None), group_log_alpha.get(parameter, None))
-    return GatedDiff(*parts, layer.configs[adapter_name].stretch)
+        Args:
+            adapters: pruned adapters of this model.
+            weights: one for each adapter.
+            adapter_name: the new adapter's name.
+            combination_type: "linear", "ties", "dare_linear", "dare_ties" or "magnitude_prune".
+            density: for all types except "linear", the share of each diff's nonzeros that goes in.
+            majority_sign_method: for TIES, "total" or "frequency".
+            target_density: nonzeros of the result at most, as a share of all base parameters; None keeps all.
+            heads_from: the adapter whose heads (`modules_to_save`) the new one gets a copy of, where several have one:
+                heads of different tasks have no sum.
+
+        Raises:
+            ValueError: a name that exists or does not; an adapter in gating; several heads without `heads_from`; what
+                `combine` refuses.
+        """
+        source = combining.check_combinable(self, adapters, adapter_name, heads_from)
+        combining.add_combination(
+            self,
+            [self.get_diff(name) for name in adapters],
+            weights,
+            adapter_name,
+            source,
+            targets=combining.common_targets(self, adapters),
+            target_density=target_density,
+            combination_type=combination_type,
+            density=density,
+            majority_sign_method=majority_sign_method,
+        )

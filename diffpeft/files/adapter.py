@@ -20,7 +20,7 @@ from diffpeft.files.atomic import replace_adapter
 from diffpeft.files.checkpoint import parameter_shapes
 from diffpeft.files.seal import PART, canonical
 from diffpeft.files.values import VALUE_DTYPES, dtype_name, from_file, rounded, to_file
-from diffpeft.layer.root import RootParameters
+from diffpeft.layer.layer import RootParameters
 from diffpeft.layer.tensors import POSITIONS, VALUES
 from diffpeft.peft_type import DIFFPRUNING
 

@@ -7,9 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from diffpeft.layer.tensors import AdapterTensors
-
-Layer = TypeVar("Layer", bound=AdapterTensors)
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -25,10 +23,8 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         children = module._modules
         if children:
             prefix = f"{name}." if name else ""
-            if isinstance(module, AdapterTensors):
-                ahead.append((f"{prefix}base_layer", children.get("base_layer")))
-            else:
-                ahead.extend([(prefix + key, child) for key, child in reversed(children.items())])
+            outer = [item for item in children.items() if not item[0].startswith("diffpruning_")]
+            ahead.extend([(prefix + key, child) for key, child in reversed(outer)])
 
 
 def layers_in(model: nn.Module, kind: type[Layer]) -> list[Layer]:

@@ -28,35 +28,6 @@ class Threshold:
     ties: int
 
 
-@dataclass(frozen=True)
-class PruningSummary:
-    """What magnitude pruning did."""
-
-    kept: int
-    """Nonzeros of the diff."""
-    total: int
-    """Parameters of the base model."""
-    threshold: float
-    """The smallest magnitude that was kept."""
-    per_parameter: dict[str, tuple[int, int]]
-    """(kept, elements) of each adapted parameter, by its name in the base model."""
-
-    @property
-    def density(self) -> float:
-        """Nonzeros as a share of the base model's parameters."""
-        return self.kept / self.total
-
-    def __str__(self) -> str:
-        untouched = sum(1 for kept, _ in self.per_parameter.values() if not kept)
-        largest = sorted(self.per_parameter.items(), key=lambda item: -item[1][0])[:5]
-        shares = ", ".join(f"{name} {kept} ({kept / max(1, numel):.2%})" for name, (kept, numel) in largest)
-        return (
-            f"magnitude pruning kept {self.kept} of {self.total} (density {self.density:.4%}, |diff| >= "
-            f"{self.threshold:.3e}); {untouched} of {len(self.per_parameter)} groups left as pretrained, most kept in "
-            f"{shares}"
-        )
-
-
 def check_count(k: int, total: int) -> None:
     """Raise ValueError where k of `total` scores cannot be kept."""
     if not 1 <= k <= total:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from diffpeft.files.checkpoint import Checkpoint
-from diffpeft.layer.root import RootParameters
+from diffpeft.layer.layer import RootParameters
 
 
 def align(old: Checkpoint, new: Checkpoint) -> dict[str, str]:

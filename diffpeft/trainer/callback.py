@@ -18,7 +18,7 @@ from diffpeft.trainer import resume
 from diffpeft.trainer.ddp import DDPFinder
 from diffpeft.trainer.launch import check_launch
 from diffpeft.trainer.logs import LEARNING_RATE
-from diffpeft.tuner.gating import FIXMASK, GATING
+from diffpeft.tuner.base import FIXMASK, GATING
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         check_launch(args, tuner.phase() == GATING, self.fixmask_warmup_steps, _is_lean(tuner))
         self.transition_step = self._gating_steps(state)
         self._factors, self._scheduled, self._skipped = [], [], 0
-        name = tuner._name(None)
+        name = tuner.resolve(None)
         if state.global_step:
             self._resume(tuner, name, state)
         gating = tuner.phase() == GATING

@@ -75,9 +75,8 @@ def checksum(tuner: DiffPruningModel, adapter_name: str) -> int | None:
             tensors = getattr(layer, attribute)
             if adapter_name in tensors:
                 total += sum(_sum(tensor) for _, tensor in tensors[adapter_name].items())
-        if layer.has_adapter(adapter_name):
-            for name in layer.nnz(adapter_name) or ():
-                total += _sum(layer.positions(adapter_name, name)) + _sum(layer.kept_values(adapter_name, name))
+        for diff in layer.sparse_diffs(adapter_name).values():
+            total += _sum(diff.positions) + _sum(diff.values)
     for module in tuner.model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             total += sum(_sum(tensor) for tensor in module.modules_to_save[adapter_name].state_dict().values())

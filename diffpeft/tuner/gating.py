@@ -16,15 +16,12 @@ from diffpeft.gates.update import rules as gate_update
 from diffpeft.gates.update.in_backward import InBackward, check_low_memory
 from diffpeft.gates.update.low_memory import LeanGates
 from diffpeft.gates.update.state import Gates, Group, expected_nonzeros, open_elements
-from diffpeft.layer.find import outer_modules
 from diffpeft.layer.gating import GATING_BUFFERS, GateTensors
 from diffpeft.layer.layer import DiffPruningLayer
-from diffpeft.layer.tensors import is_quantized, own_shapes
 from diffpeft.sparse import elias_fano as positions
 from diffpeft.sparse.sharded import check_whole
-from diffpeft.tuner.serving import Serving
-
-GATING, FIXMASK = "gating", "fixmask"
+from diffpeft.tuner.base import FIXMASK, GATING
+from diffpeft.tuner.state_dict import AdapterStateDict
 
 
 class _Opened(NamedTuple):
@@ -38,39 +35,12 @@ class _Opened(NamedTuple):
     """The expected number of nonzeros."""
 
 
-class GatingPhase(Serving):
+class GatingPhase(AdapterStateDict):
     """Phases, expected density, and a step of the gates. Methods take the adapter's name, by default the active adapter's."""
-
-    def _layers(self, adapter_name: str) -> list[DiffPruningLayer]:
-        return [layer for layer in self.all_layers() if layer.has_adapter(adapter_name)]
-
-    def _name(self, adapter_name: str | None) -> str:
-        if adapter_name is None:
-            if len(self.active_adapters) != 1:
-                raise ValueError(f"active adapters are {self.active_adapters}; say which one you mean by adapter_name=")
-            adapter_name = self.active_adapters[0]
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
-        return adapter_name
-
-    def num_base_parameters(self) -> int:
-        """Parameters of the base model, adapted or not, tied ones once, heads in `modules_to_save` not counted."""
-        adapters = tuple(self.peft_config)  # with them come and go the heads that are trained whole
-        counted: tuple[tuple[str, ...], int] | None = self.__dict__.get("_counted")
-        if counted is None or counted[0] != adapters:
-            counted = self.__dict__["_counted"] = adapters, self._count_base_parameters()
-        return counted[1]
-
-    def _count_base_parameters(self) -> int:
-        packed = {id(p): module for module in self.model.modules() if is_quantized(module) for p in [module.weight]}
-        return sum(
-            own_shapes(packed[id(p)])["weight"].numel() if id(p) in packed else p.numel()
-            for _, p in self.base_parameters()
-        )
 
     def adapted_parameters(self, adapter_name: str | None = None) -> dict[str, int]:
         """Number of elements of every parameter that the adapter covers, by its name in the base model."""
-        layers = self._layers(self._name(adapter_name))
+        layers = self.layers_of(self.resolve(adapter_name))
         return {layer.parameter_key(n): shape.numel() for layer in layers for n, shape in layer.shapes.items()}
 
     @property
@@ -80,15 +50,9 @@ class GatingPhase(Serving):
         names = [name for name, _ in self.named_buffers()]
         return [f"base_model.{name}" for name in names if any(f".{part}." in name for part in GATING_BUFFERS)]
 
-    def phase(self, adapter_name: str | None = None) -> str:
-        """The adapter's phase: "gating" or "fixmask"."""
-        name = self._name(adapter_name)
-        found = (module for _, module in outer_modules(self.model) if isinstance(module, DiffPruningLayer))
-        return GATING if any(layer.is_gating(name) for layer in found) else FIXMASK
-
     def is_gated(self, adapter_name: str | None = None) -> bool:
         """Whether the adapter is in gating and has gates."""
-        name = self._name(adapter_name)
+        name = self.resolve(adapter_name)
         return self.peft_config[name].gated and self.phase(name) == GATING
 
     def _groups(self, adapter_name: str, layers: Sequence[DiffPruningLayer], with_gradient: bool = True) -> list[Group]:
@@ -111,13 +75,13 @@ class GatingPhase(Serving):
         In fixmask it is the number of nonzeros, and in gating without gates the number of adapted parameters; neither
         has a gradient.
         """
-        name = self._name(adapter_name)
+        name = self.resolve(adapter_name)
         config = self.peft_config[name]
         terms = [
             gates.expected_l0(
                 element.log_alpha, None if whole is None else whole.log_alpha, config.stretch, config.group_penalty
             )
-            for layer in self._layers(name)
+            for layer in self.layers_of(name)
             for element, whole in layer.gates(name).values()
         ]
         if terms:
@@ -126,7 +90,7 @@ class GatingPhase(Serving):
 
     def _count(self, adapter_name: str) -> int:
         """Elements of w in gating, nonzeros in fixmask."""
-        layers = self._layers(adapter_name)
+        layers = self.layers_of(adapter_name)
         if self.phase(adapter_name) == FIXMASK:
             return sum(sum((layer.nnz(adapter_name) or {}).values()) for layer in layers)
         return sum(shape.numel() for layer in layers for shape in layer.shapes.values())
@@ -134,16 +98,16 @@ class GatingPhase(Serving):
     @torch.no_grad()
     def num_nonzeros(self, adapter_name: str | None = None) -> int:
         """Nonzeros of the diff; in gating, those under deterministic gates."""
-        name = self._name(adapter_name)
+        name = self.resolve(adapter_name)
         if self.phase(name) == FIXMASK:
             return self._count(name)
-        layers = self._layers(name)
+        layers = self.layers_of(name)
         return sum(int(layer.dense_delta(name, p).count_nonzero()) for layer in layers for p in layer.shapes)
 
     def expected_nonzeros(self, adapter_name: str | None = None) -> float:
         """Expected number of nonzeros of the diff: sum over elements of P(element open) P(group open)."""
-        name = self._name(adapter_name)
-        return self._opened(name, self._layers(name)).expected if self.is_gated(name) else float(self._count(name))
+        name = self.resolve(adapter_name)
+        return self._opened(name, self.layers_of(name)).expected if self.is_gated(name) else float(self._count(name))
 
     def _opened(self, adapter_name: str, layers: Sequence[DiffPruningLayer]) -> _Opened:
         """How many gates are open: counted once for as long as no gate moves."""
@@ -167,8 +131,8 @@ class GatingPhase(Serving):
 
     def adapter_bytes(self, adapter_name: str | None = None) -> int:
         """Bytes that the diff takes in a file; in gating an estimate, for the expected nonzeros spread evenly."""
-        name = self._name(adapter_name)
-        layers = self._layers(name)
+        name = self.resolve(adapter_name)
+        layers = self.layers_of(name)
         if self.phase(name) == FIXMASK:
             dtype = self.peft_config[name].value_dtype
             parts = [(k, layer.shapes[p].numel()) for layer in layers for p, k in (layer.nnz(name) or {}).items()]
@@ -179,7 +143,7 @@ class GatingPhase(Serving):
 
     def sparsification(self, adapter_name: str | None = None) -> float:
         """How far gating has come, from 0 at a dense diff to 1 at `target_density`, in the logarithm of the density."""
-        name = self._name(adapter_name)
+        name = self.resolve(adapter_name)
         if not self.is_gated(name):
             return 0.0
         target = self.peft_config[name].target_density
@@ -205,14 +169,14 @@ class GatingPhase(Serving):
             ValueError: the adapter is pruned or its config has no low_memory=True; more than one process; fp16 with gradient
                 scaling; what [`diffpeft.gates.update.in_backward.InBackward`] refuses.
         """
-        name = self._name(adapter_name)
+        name = self.resolve(adapter_name)
         if self.phase(name) != GATING or not self.peft_config[name].low_memory:
             raise ValueError(
                 f"adapter {name!r} is in {self.phase(name)} and has low_memory={self.peft_config[name].low_memory}; "
                 "update_in_backward is for gating with DiffPruningConfig(low_memory=True)"
             )
         check_low_memory()
-        return InBackward(optimizer, [one for layer in self._layers(name) for one in layer.watched(name)])
+        return InBackward(optimizer, [one for layer in self.layers_of(name) for one in layer.watched(name)])
 
     @torch.no_grad()
     def gate_step(self, step: int, gating_steps: int, adapter_name: str | None = None) -> float:
@@ -235,13 +199,13 @@ class GatingPhase(Serving):
             ValueError: the adapter is pruned; parameters are sharded; with `low_memory=True` gradients that were to be used up
                 in the backward pass.
         """
-        name = self._name(adapter_name)
+        name = self.resolve(adapter_name)
         if self.phase(name) != GATING:
             raise ValueError(f"adapter {name!r} is in fixmask, its gates are gone; do not call gate_step after pruning")
         config: DiffPruningConfig = self.peft_config[name]
         if not config.gated:
             return 0.0
-        layers = self._layers(name)
+        layers = self.layers_of(name)
         check_whole((location for layer in layers for location in layer.gate_locations(name)), "gate_step")
         finished = [layer.finish_update(name) for layer in layers] if config.low_memory else []
         groups = self._groups(name, layers)
@@ -283,5 +247,5 @@ class GatingPhase(Serving):
 def _moves(adapter_name: str, layers: Sequence[DiffPruningLayer]) -> Any:
     """Other than it was once any gate has moved."""
     locations = [location for layer in layers for location in layer.gate_locations(adapter_name)]
-    born = [layer.gates_born.get(adapter_name) for layer in layers]
+    born = [layer.generations.get(adapter_name) for layer in layers]
     return adapter_name, born, [(location._version, location.data_ptr()) for location in locations]

@@ -62,7 +62,6 @@ def adopt(
         config.nnz_pattern, (config.value_dtype,) = pattern, dtypes
         for layer in layers:
             layer.configs[adapter_name] = config
-            layer.forget_positions(adapter_name)
             layer.make_room(adapter_name, {name: count for name, (count, _) in found[layer].items()})
     else:
         config.nnz_pattern = None
@@ -84,7 +83,7 @@ def _check_counts(
     """Raise ValueError where a file's counts are not those of its config. An adapter that was in use before has a config of
     its own, which takes on the file's."""
     before = config.nnz_pattern
-    if before is None or any(layer.was_loaded(adapter_name) for layer in layers):
+    if before is None or any(diff.is_filled for layer in layers for diff in layer.sparse_diffs(adapter_name).values()):
         return
     wrong = sorted(name for name in before.keys() | pattern.keys() if before.get(name, 0) != pattern.get(name, 0))
     if wrong:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -66,7 +66,9 @@ class MixedBatch:
         _check_no_cache(args, kwargs)
         for flag in CACHE_FLAGS:
             if kwargs.get(flag):
-                raise NotImplementedError(f"{flag}=True: rows of several adapters have no common cache; {ONE_BATCH_EACH}")
+                raise NotImplementedError(
+                    f"{flag}=True: rows of several adapters have no common cache; {ONE_BATCH_EACH}"
+                )
             if flag in inspect.signature(own).parameters:
                 kwargs[flag] = False
         outputs = self._run(own, args, kwargs)
@@ -224,3 +226,28 @@ def _check_no_cache(args: Any, kwargs: dict[str, Any]) -> None:
             raise NotImplementedError(
                 f"{type(value).__name__} cannot be shared by rows of several adapters: leave it out, or {ONE_BATCH_EACH}"
             )
+
+
+def check_names(names: Sequence[str], adapters: Collection[str], training: bool, layers: Sequence[Any]) -> None:
+    """Raise ValueError where `adapter_names` cannot be served; the texts begin as PEFT's do."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names) or not names:
+        raise ValueError(f"adapter_names={names!r} must be a list with an adapter's name for each row")
+    unknown = sorted(set(names) - {*adapters, BASE})
+    if unknown:
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {sorted(adapters)} and "
+            f"{BASE!r}"
+        )
+    if training:
+        raise ValueError(
+            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first; one adapter trains "
+            "at a time"
+        )
+    for layer in layers:
+        if layer.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first: "
+                f"{layer.merged_adapters} are in the base weights of all rows"
+            )
+        if layer.disable_adapters:
+            raise ValueError("adapter_names was given while adapters are disabled; enable them, or leave it out")

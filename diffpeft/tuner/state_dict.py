@@ -12,10 +12,10 @@ from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.layer.tensors import POSITIONS, VALUES
 from diffpeft.sparse.sharded import is_sharded
 from diffpeft.tuner import loading
-from diffpeft.tuner.switching import Switching
+from diffpeft.tuner.base import DiffPruningTuner
 
 
-class AdapterStateDict(Switching):
+class AdapterStateDict(DiffPruningTuner):
     """Saving and loading."""
 
     @classmethod
@@ -40,7 +40,7 @@ class AdapterStateDict(Switching):
                 keys = tuple(f"{module}.{kind}.{adapter_name}.{name}" for kind in (VALUES, POSITIONS))
                 if all(key in tensors for key in keys):
                     # What was just opened is not yet what the state dict has; what is sharded is whole there alone.
-                    mine = layer.kept_values(adapter_name, name)
+                    mine = layer.sparse(adapter_name, name).values
                     kept[layer, name, keys] = tensors[keys[0]] if is_sharded(mine) else mine
         if not all(values.fit(tensor, config.value_dtype) for tensor in kept.values()):
             config.value_dtype = "float32"  # they have trained since they were cast
@@ -55,7 +55,7 @@ class AdapterStateDict(Switching):
                 "they hold the diff already while it is merged; call unmerge_adapter() first"
             )
         for (layer, name, keys), tensor in kept.items():
-            tensors.update(zip(keys, layer.stored(adapter_name, name, tensor), strict=True))
+            tensors.update(zip(keys, layer.sparse(adapter_name, name).encoded(tensor), strict=True))
         return tensors
 
     @classmethod

@@ -53,7 +53,7 @@ def test_any_module_starts_unchanged_and_runs_with_its_diff(base, inputs, device
     random_diff(layer, name)
     layer.to(device)
     changed = copy.deepcopy(base)
-    where, values = layer.positions("a", name), layer.diffpruning_values["a"][name]
+    where, values = layer.sparse("a", name).positions, layer.diffpruning_values["a"][name]
     getattr(changed, name).data.put_(where, values.data, accumulate=True)
     assert torch.equal(layer(inputs), changed(inputs))
     assert not torch.equal(layer(inputs), expected)
@@ -116,9 +116,9 @@ def test_positions_follow_a_buffer_that_is_filled_behind_the_layers_back():
     source, target = make_layer(nn.Linear(9, 9)), make_layer(nn.Linear(9, 9))
     random_diff(source)
     random_diff(target)
-    target.positions("a", "weight")
+    target.sparse("a", "weight").positions
     target.diffpruning_positions["a"]["weight"].copy_(source.diffpruning_positions["a"]["weight"])
-    assert torch.equal(target.positions("a", "weight"), source.positions("a", "weight"))
+    assert torch.equal(target.sparse("a", "weight").positions, source.sparse("a", "weight").positions)
 
 
 def test_damaged_positions_name_parameter_and_adapter():

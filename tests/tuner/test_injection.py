@@ -60,7 +60,7 @@ def test_a_merge_adds_to_the_base_as_it_is_even_if_nobody_told(model):
     weight.data.mul_(2)  # leaves the parameter's version as it was
     before = weight.detach().clone()
     model.merge_adapter()
-    values, where = layer.kept_values("first", "weight").detach(), layer.positions("first", "weight")
+    values, where = layer.sparse("first", "weight").values.detach(), layer.sparse("first", "weight").positions
     assert torch.equal(weight.detach().reshape(-1)[where], before.reshape(-1)[where] + values)
     model.unmerge_adapter()
     assert torch.equal(weight, before)

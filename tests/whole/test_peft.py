@@ -154,7 +154,7 @@ def test_a_deleted_adapter_holds_no_memory(base, batch):
     outputs(model, batch, "one")
     model.set_adapter("two")
     model.delete_adapter("one")
-    assert not any(key[0] == "one" for layer in layers(model) for key in layer._unpacked)
+    assert not any(key[0] == "one" for layer in layers(model) for key in layer._sparse)
 
 
 @both

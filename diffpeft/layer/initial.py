@@ -1,0 +1,72 @@
+"""An adapter's tensors on one layer, at their initial values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import nn
+
+from diffpeft.config import DiffPruningConfig
+from diffpeft.files.values import buffer_size
+from diffpeft.gates.update import factored
+from diffpeft.layer.gating import GATING_BUFFERS, GROUP_MOMENTS, MOMENTS, new_moments
+
+GATING_PARAMETERS = ("diffpruning_w", "diffpruning_log_alpha", "diffpruning_group_log_alpha")
+INIT_STD = 0.02
+"""Standard deviation of diffs that start at random, as tests want them."""
+
+
+def gating_tensors(
+    shapes: Mapping[str, torch.Size], device: torch.device, config: DiffPruningConfig, unknown: bool
+) -> dict[str, nn.Module]:
+    """The containers of an adapter in gating, by attribute of the layer: w, gates, and the moments of their gradients.
+
+    Args:
+        shapes: the parameters to adapt, by name.
+        device: where to make the tensors.
+        config: the adapter's.
+        unknown: whether w is NaN until something is loaded.
+    """
+    parameters = {attribute: nn.ParameterDict() for attribute in GATING_PARAMETERS}
+    w, log_alpha, group_log_alpha = parameters.values()
+    moments = {attribute: BufferDict(persistent=True) for attribute in GATING_BUFFERS}
+    for name, shape in shapes.items():
+        zeros = torch.zeros(shape, dtype=torch.float32, device=device)
+        w[name] = nn.Parameter(zeros if config.init_weights else torch.randn_like(zeros).mul_(INIT_STD))
+        if unknown:
+            w[name].data.fill_(torch.nan)
+        if not config.gated:
+            continue
+        coarse = config.low_memory and factored.is_large(shape)
+        dtype = torch.float16 if coarse else torch.float32
+        log_alpha[name] = nn.Parameter(torch.full_like(zeros, config.init_log_alpha, dtype=dtype))
+        own = new_moments(zeros) if coarse else {kind: torch.zeros_like(zeros) for kind in MOMENTS}
+        if config.structured:
+            zero = zeros.new_zeros(1)
+            group_log_alpha[name] = nn.Parameter(torch.full_like(zero, config.init_log_alpha))
+            own |= {kind: zero.clone() for kind in GROUP_MOMENTS}
+        for attribute, tensor in own.items():
+            moments[attribute][name] = tensor
+    return {**parameters, **moments}
+
+
+def fixmask_tensors(
+    shapes: Mapping[str, torch.Size], nnz: Mapping[str, int], device: torch.device, config: DiffPruningConfig
+) -> tuple[nn.ParameterDict, BufferDict]:
+    """Room for an adapter's values, NaN, and for their packed positions, zeros, by parameter name.
+
+    Args:
+        shapes: the layer's parameters, by name.
+        nnz: the number of values of each parameter that has any.
+        device: where to make the tensors.
+        config: the adapter's; with `init_weights=False` the values are random.
+    """
+    values, packed = nn.ParameterDict(), BufferDict(persistent=True)
+    for name, count in nnz.items():
+        unknown = torch.full((count,), torch.nan, dtype=torch.float32, device=device)
+        values[name] = nn.Parameter(unknown if config.init_weights else torch.randn_like(unknown).mul_(INIT_STD))
+        size = buffer_size(count, shapes[name].numel(), config.value_dtype)
+        packed[name] = torch.zeros(size, dtype=torch.uint8, device=device)
+    return values, packed

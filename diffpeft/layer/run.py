@@ -1,0 +1,196 @@
+"""The ways to run a wrapped module with its diffs: with sampled gates, without a copy of the weight, on a quantised weight."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from diffpeft.gates.functions import Sample, sampled_embedding, sampled_linear, sampled_parameter
+from diffpeft.gates.noise import may_be_replayed
+from diffpeft.gates.small_parameters import SMALL, Part, sampled_together
+from diffpeft.layer.find import layers_in
+from diffpeft.layer.tensors import AdapterTensors
+from diffpeft.layer.wrapped import device_of, is_offloaded, is_plain
+from diffpeft.sparse.functions import Diff, patched_embedding, patched_linear, sampling_pays, sparse_parameter
+from diffpeft.sparse.inplace import Entry, InplaceUpdate, can_be_overwritten
+
+Layer: TypeAlias = Any
+"""A `DiffPruningLayer`, whose module imports this one."""
+
+MIN_ROWWISE_ELEMENTS = 1 << 20
+"""Elements of an embedding from which on a pass without gradients makes the rows of the batch alone."""
+
+
+class Overwritable:
+    """Whether a pass may overwrite entries of some parameters for a while, looked at again when one has moved."""
+
+    def __init__(self) -> None:
+        self._addresses: list[int] = []  # of parameters that can be overwritten
+
+    def __call__(self, parameters: list[nn.Parameter]) -> bool:
+        """Whether all of the parameters can be overwritten."""
+        addresses = [parameter.data_ptr() for parameter in parameters]
+        if self._addresses != addresses:  # parameters that are shared or laid out in another way are elsewhere
+            if not all(can_be_overwritten(parameter) for parameter in parameters):
+                return False
+            self._addresses = addresses
+        return True
+
+
+# Without a copy of the weight
+
+
+def without_copy(layer: Layer, args: Any, kwargs: dict[str, Any]) -> tuple[bool, Any]:
+    """Run the module without a copy of its weight: whether that is possible, and the output.
+
+    A module that has no children reads its parameters only while it runs, so that sparse diffs can be added in place.
+    """
+    module: Any = layer._modules["base_layer"]
+    if module._modules or layer.quantized or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return False, None
+    direct, kind = torch.is_grad_enabled(), type(module)
+    if kind is nn.Embedding and not direct:
+        direct = module.weight.numel() > MIN_ROWWISE_ELEMENTS  # or else the whole diff is added for a few rows
+    if direct and kind in (nn.Linear, nn.Embedding) and len(args) == 1 and not kwargs and is_plain(module):
+        selected = layer.selected("weight")
+        if len(selected) == 1 and "weight" in layer.shapes:
+            output = (_linear if kind is nn.Linear else _embedding)(layer, selected[0], *args)
+            if output is not None:
+                return True, output
+    update = None if torch.is_grad_enabled() else _update_for_pass(layer)
+    if update is None:
+        return False, None
+    with update:
+        return True, module(*args, **kwargs)
+
+
+def _update_for_pass(layer: Layer) -> InplaceUpdate | None:
+    """The diffs of a pass without gradients; None where entries of the parameters alone cannot hold them."""
+    own: dict[str, nn.Parameter] = layer._modules["base_layer"]._parameters  # type: ignore[union-attr,assignment]
+    if not layer.overwritable([parameter for parameter in own.values() if parameter is not None]):
+        return None
+    active = layer.active_adapters
+    if len(active) == 1 and not layer.ties:
+        if layer.is_gating(active[0]):
+            return None
+        return InplaceUpdate(layer.entries(active[0]).values() if active[0] in layer.configs else ())
+    entries = []
+    for name, parameter in own.items():
+        for adapter_name in layer.selected(name):
+            if layer.is_gating(adapter_name) or name not in layer.shapes or parameter is None:
+                return None
+            diff = layer.sparse(adapter_name, name)
+            entries.append(Entry(parameter, diff.positions, diff.values))
+    return InplaceUpdate(entries)
+
+
+def _linear(layer: Layer, adapter_name: str, x: Tensor) -> Tensor | None:
+    module: Any = layer.base_layer
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    if x.dtype != module.weight.dtype and not autocast:
+        return None  # nn.Linear says what is wrong
+    if not layer.is_gating(adapter_name):
+        if not can_be_overwritten(module.weight):
+            return None
+        diff = layer.sparse(adapter_name, "weight")
+        pattern = diff.pattern if sampling_pays(diff.count, module.weight.shape, x) else None
+        own = Diff(diff.values, diff.positions)
+        return patched_linear(x, layer.read("bias"), module.weight, own, pattern, layer.fused)
+    w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, "weight")
+    if log_alpha is None or not layer.training:
+        return None
+    sample = _sample(layer, adapter_name, "weight")  # before the bias's
+    return sampled_linear(x, layer.read("bias"), module.weight, w, log_alpha, group_log_alpha, sample)
+
+
+def _embedding(layer: Layer, adapter_name: str, ids: Tensor) -> Tensor | None:
+    module: Any = layer.base_layer
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        return None
+    if not layer.is_gating(adapter_name):
+        diff = layer.sparse(adapter_name, "weight")
+        return patched_embedding(ids, module.padding_idx, module.weight, diff.values, diff.pattern)
+    w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, "weight")
+    if log_alpha is None or not layer.training:
+        return None
+    sample = _sample(layer, adapter_name, "weight")
+    return sampled_embedding(ids, module.padding_idx, module.weight, w, log_alpha, group_log_alpha, sample)
+
+
+# With sampled gates
+
+
+def sampled(layer: Layer, parameter: Tensor, adapter_name: str, name: str) -> Tensor:
+    """The effective parameter under sampled gates; small ones of the whole model are made at the first use of one."""
+    sample = _sample(layer, adapter_name, name)
+    made = _made_together(layer, adapter_name, name)
+    if made is not None:
+        return made
+    w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, name)
+    assert log_alpha is not None
+    return sampled_parameter(parameter, w, log_alpha, group_log_alpha, sample)
+
+
+def _sample(layer: Layer, adapter_name: str, name: str) -> Sample:
+    """How a parameter's gates are sampled in this pass."""
+    config, key = layer.configs[adapter_name], (layer.key, adapter_name, name)
+    keep = not config.low_memory and not torch.compiler.is_compiling() and not may_be_replayed()
+    return Sample(
+        layer.noise.seed(key),
+        config.stretch,
+        layer.fused,
+        layer.noise.scratch,
+        layer.folding(adapter_name, name),
+        key if keep else None,
+    )
+
+
+def _made_together(layer: Layer, adapter_name: str, name: str) -> Tensor | None:
+    """A small effective parameter, which the first use of one in a pass makes for all; None for others."""
+    noise = layer.noise
+    if noise.model is None or torch.compiler.is_compiling() or may_be_replayed():
+        return None
+    if noise.made is None:
+        noise.made, parts, device = {}, {}, device_of(layer.base_layer)
+        for other in layers_in(noise.model, AdapterTensors):
+            if other.noise is noise:
+                parts.update(_small_parts(other, adapter_name, device))
+        if parts:
+            made = sampled_together(list(parts.values()), layer.configs[adapter_name].stretch)
+            noise.made.update(zip(parts, made, strict=True))
+    return noise.made.get((layer.key, adapter_name, name))
+
+
+def _small_parts(layer: Layer, adapter_name: str, device: torch.device) -> dict[tuple[str, str, str], Part]:
+    """The module's small parameters that one adapter changes, and whose gates are sampled."""
+    module: Any = layer.base_layer
+    idle = layer.disable_adapters or layer.merged or layer.quantized or is_offloaded(module) or not layer.training
+    if idle or layer.active_adapters != [adapter_name] or not layer.is_gating(adapter_name):
+        return {}
+    parts = {}
+    for name in layer.shapes:
+        w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, name)
+        own = module._parameters.get(name)
+        apart = name == "weight" and type(module) in (nn.Linear, nn.Embedding)  # these have a way of their own
+        if log_alpha is None or own is None or apart or log_alpha.numel() > SMALL:
+            continue
+        if log_alpha.device == own.device == device and layer.lean_gates(adapter_name, name) is None:
+            key = layer.key, adapter_name, name
+            parts[key] = Part(own, w, log_alpha, group_log_alpha, layer.noise.seed_of(key))
+    return parts
+
+
+# On a quantised weight
+
+
+def add_to_quantized(layer: Layer, output: Tensor, x: Tensor) -> Tensor:
+    """The output plus x delta^T: the sum of a quantised weight and a diff cannot be stored."""
+    for adapter_name in layer.selected("weight"):
+        diff = layer.sparse(adapter_name, "weight")
+        zeros = torch.zeros(layer.shapes["weight"], dtype=x.dtype, device=x.device)
+        delta = sparse_parameter(zeros, diff.values, diff.positions)
+        output = output + functional.linear(x, delta).to(output.dtype)
+    return output

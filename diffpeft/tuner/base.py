@@ -1,0 +1,312 @@
+"""What PEFT calls: every hook of a tuner, each a few lines that hand on to the modules beside this one."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from diffpeft.config import DiffPruningConfig
+from diffpeft.files import fingerprint
+from diffpeft.layer.find import layers_in, outer_modules
+from diffpeft.layer.layer import DiffPruningLayer, RootParameters
+from diffpeft.layer.output import OutputLayer
+from diffpeft.layer.wrapped import is_quantized, own_shapes
+from diffpeft.tuner import injection, loading, mixed_batch, switching
+from diffpeft.tuner.head import FileCheck, fresh_head
+
+GATING, FIXMASK = "gating", "fixmask"
+
+
+class DiffPruningTuner(BaseTuner):
+    """The hooks of PEFT for [`DiffPruningModel`], which adds what a user calls."""
+
+    prefix: str = "diffpruning_"
+    tuner_layer_cls = DiffPruningLayer
+    target_module_mapping: dict[str, list[str]] = {}  # the default is found in the model, not by its type
+    _injection: injection.Injection | None = None  # while adapters are injected
+
+    # Layers and adapters
+
+    def all_layers(self) -> list[DiffPruningLayer]:
+        """Every layer of the tuner, whichever adapters it holds."""
+        return layers_in(self.model, DiffPruningLayer)
+
+    def layers_of(self, adapter_name: str) -> list[DiffPruningLayer]:
+        """The layers that hold the adapter."""
+        return [layer for layer in self.all_layers() if layer.has_adapter(adapter_name)]
+
+    def resolve(self, adapter_name: str | None) -> str:
+        """The adapter's name, by default that of the active one. Raises ValueError where there is none or are several."""
+        if adapter_name is None:
+            if len(self.active_adapters) != 1:
+                raise ValueError(f"active adapters are {self.active_adapters}; say which one you mean by adapter_name=")
+            adapter_name = self.active_adapters[0]
+        self._check_names([adapter_name])
+        return adapter_name
+
+    def _check_names(self, names: list[str]) -> None:
+        unknown = sorted(set(names) - self.peft_config.keys())
+        if unknown:
+            listed = ", ".join(map(repr, unknown))
+            raise ValueError(f"there is no adapter {listed}; there are {sorted(self.peft_config)}")
+
+    def phase(self, adapter_name: str | None = None) -> str:
+        """The adapter's phase: "gating" or "fixmask"."""
+        name = self.resolve(adapter_name)
+        found = (module for _, module in outer_modules(self.model) if isinstance(module, DiffPruningLayer))
+        return GATING if any(layer.is_gating(name) for layer in found) else FIXMASK
+
+    def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of the base model by name, each once, without heads that are trained whole."""
+        modules = list(outer_modules(self.model))
+        heads = [module for _, module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
+        seen = {id(p) for head in heads for p in head.parameters()}
+        for key, module in modules:
+            for name, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield f"{key}.{name}".removeprefix(".").replace(".base_layer", ""), parameter
+
+    def num_base_parameters(self) -> int:
+        """Parameters of the base model, adapted or not, tied ones once, heads in `modules_to_save` not counted."""
+        adapters = tuple(self.peft_config)  # with them come and go the heads that are trained whole
+        counted: tuple[tuple[str, ...], int] | None = self.__dict__.get("_counted")
+        if counted is None or counted[0] != adapters:
+            packed = {id(m.weight): own_shapes(m)["weight"].numel() for m in self.model.modules() if is_quantized(m)}
+            total = sum(packed.get(id(p), p.numel()) for _, p in self.base_parameters())
+            counted = self.__dict__["_counted"] = adapters, total
+        return counted[1]
+
+    def differing_base(self, adapter_name: str, base_fingerprint: fingerprint.Fingerprint) -> list[str]:
+        """Names of the base parameters under an adapter that are not those of the fingerprint."""
+        return fingerprint.differing(base_fingerprint, injection.known_parameters(self.layers_of(adapter_name)))
+
+    # Injection
+
+    def _prepare_adapter_config(
+        self, peft_config: DiffPruningConfig, model_config: dict[str, Any]
+    ) -> DiffPruningConfig:
+        if peft_config.target_modules is None:
+            head = [name for name in fresh_head(self.model) if name not in (peft_config.modules_to_save or [])]
+            if head:
+                peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *head]
+        if peft_config.target_modules == "all-linear" and self.all_layers():
+            peft_config.target_modules = injection.all_linear(self.model, peft_config)
+        return peft_config
+
+    def _check_new_adapter_config(self, config: DiffPruningConfig) -> None:
+        super()._check_new_adapter_config(config)
+        injection.check_model(self.model)
+
+    def _check_target_module_exists(self, peft_config: DiffPruningConfig, key: str) -> Any:
+        named = {} if self._injection is None else self._injection.named
+        module = self.model if key == RootParameters.NAME else named.get(key) or self.model.get_submodule(key)
+        shapes = {**module.shapes, **module.ties} if isinstance(module, DiffPruningLayer) else own_shapes(module)
+        config = peft_config
+        if peft_config.target_modules is None:
+            # PEFT's own matching of exclusions, heads and layer indices, for a target that is this very module.
+            if peft_config.layers_to_transform is not None and "." not in key:
+                return False
+            config = copy.copy(peft_config)
+            config.target_modules = [key.rsplit(".", 1)[-1]]
+        matched = super()._check_target_module_exists(config, key)
+        return matched if shapes or not matched else False
+
+    def _create_and_replace(
+        self,
+        peft_config: DiffPruningConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if not isinstance(target, DiffPruningLayer):
+            assert self._injection is not None
+            target = self._injection.wrap(target, current_key, parent, target_name)
+        target.update_layer(adapter_name, peft_config)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Wrap the modules that the config matches (PEFT's hook).
+
+        Raises:
+            ValueError: a parameter out of reach; a pruned adapter with nonzeros where the model has no parameter.
+        """
+        # The caller's object may begin other adapters and other models, of which it must not say what is said of this one.
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        before = self.all_layers()
+        self._injection = injection.Injection(model, before)
+        try:
+            with warnings.catch_warnings(), injection.no_garbage_collection():
+                if isinstance(self._check_target_module_exists(config, RootParameters.NAME), _ExcludedModule):
+                    # PEFT does not know of these parameters and takes the exclusion for a mistake.
+                    warnings.filterwarnings("ignore", "You have passed exclude_modules")
+                # Without state_dict: the config says it all, and a file has no keys of modules without nonzeros.
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            if not before:
+                self._injection.noise.watch(model)
+            self._adapt_missed(model, adapter_name, config)
+        finally:
+            self._injection = None
+        layers = self.layers_of(adapter_name)
+        injection.check_coverage(layers, adapter_name, config, self.base_parameters())
+        injection.check_base(layers, adapter_name, config)
+        injection.note_sharing(model, self.all_layers())
+        if config.heads_checksum is not None or config.diff_checksum is not None:
+            FileCheck(config, adapter_name).watch(model)
+        if state_dict is not None:
+            loading.check_modules(self.all_layers(), adapter_name, state_dict)
+
+    def _adapt_missed(self, model: nn.Module, adapter_name: str, config: DiffPruningConfig) -> None:
+        """Adapt what PEFT passes over: modules inside wrapped ones, and the parameters that the model itself owns."""
+        for layer in self.all_layers():
+            if not layer.has_adapter(adapter_name) and self._check_target_module_exists(config, layer.key):
+                layer.update_layer(adapter_name, config)
+        if config.target_modules is not None or isinstance(getattr(model, RootParameters.NAME, None), RootParameters):
+            return
+        if own_shapes(model) and self._check_target_module_exists(config, RootParameters.NAME):
+            assert self._injection is not None
+            root = RootParameters(model, self._injection.noise)
+            root.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            root.update_layer(adapter_name, config)
+            root.watch()
+            model.add_module(RootParameters.NAME, root)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Freeze the base model (PEFT's hook); heads manage what trains themselves."""
+        modules = [module for _, module in outer_modules(model)]
+        heads = {part for head in modules if isinstance(head, AuxiliaryTrainingWrapper) for part in head.modules()}
+        for module in modules:
+            if module not in heads:
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter.requires_grad = False
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Leave adapters in fp32, as they are made (PEFT's hook)."""
+
+    # Activating, merging, unwrapping
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter or several the active ones, whose diffs add (PEFT's hook). Raises ValueError for others."""
+        self._check_names([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        if any(layer.merged for layer in self.all_layers()):
+            super().set_adapter(adapter_name, inference_mode)  # warns and unmerges
+            return
+        for layer in switching.activate(self.model, adapter_name, inference_mode):
+            layer.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
+
+    def switch_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make other adapters active and merge them in place of those that are merged, in one walk through the model.
+
+        The result is that of `unmerge_adapter(); set_adapter(adapter_name); merge_adapter()`.
+
+        Args:
+            adapter_name: the adapter or adapters, pruned or in gating.
+            inference_mode: whether they are frozen, as in `set_adapter`.
+
+        Raises:
+            ValueError: names that do not exist, or heads that cannot be active together: nothing changes then. Where
+                merging refuses, nothing is merged, and the adapters are the active ones.
+        """
+        self._check_names([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        layers = switching.activate(self.model, adapter_name, inference_mode)
+        self.active_adapter = adapter_name
+        try:
+            for layer in layers:
+                layer.set_adapter(adapter_name, inference_mode=inference_mode)
+                with switching.onloaded(layer):
+                    layer.unmerge()
+                    layer.merge()
+        except BaseException:
+            self.unmerge_adapter()
+            self.set_adapter(adapter_name, inference_mode)
+            raise
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write diffs into the base parameters, k writes a parameter, in all layers or in none.
+
+        Args:
+            adapter_names: the adapters, by default the active ones.
+            safe_merge: raise ValueError where the result would not be finite.
+        """
+        self._check_names(adapter_names or [])
+        switching.merge(self.all_layers(), adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Restore the base parameters, to the bit, of all merged adapters."""
+        for layer in self.all_layers():
+            with switching.onloaded(layer):
+                layer.unmerge()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """Unwrap the model (PEFT's hook behind `unload` and `merge_and_unload`), modules inside others too."""
+        if merge:
+            self.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        else:
+            self.unmerge_adapter()
+        if merge and adapter_names is not None:
+            switching.choose_heads(self.model, adapter_names)
+        switching.unwrap(self.model, progressbar)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return model
+
+    def _check_merge_allowed(self) -> None:
+        """Allow tied weights, which have one diff here (PEFT's hook); layers refuse what cannot be merged."""
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put an unwrapped head in its place (PEFT's hook), which may be a module of any kind."""
+        setattr(parent, child_name, new_module)
+
+    # Running
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Run a mixed batch (PEFT's hook around forward and generate): `adapter_names` has a name for each row."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        mixed_batch.check_names(names, self.peft_config.keys(), self.training, self.all_layers())
+
+        def activate(adapter_name: str) -> Any:
+            return switching.only_active(self.model, adapter_name)
+
+        with activate(mixed_batch.BASE), mixed_batch.MixedBatch(names, activate).running(self.model):
+            yield
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The model's output layer, as a plain module with the effective weight."""
+        output: nn.Module | None = self.model.get_output_embeddings()
+        return OutputLayer(output) if isinstance(output, DiffPruningLayer) else output
+
+    def train(self, mode: bool = True) -> DiffPruningTuner:
+        """Set the training mode; batch norms stay in evaluation: their running statistics are the base's."""
+        super().train(mode)
+        for _, module in outer_modules(self.model):
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self

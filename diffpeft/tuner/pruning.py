@@ -1,0 +1,113 @@
+"""Magnitude pruning of an adapter: from gating to fixmask (arXiv 2012.07463, section 3.1)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from diffpeft.config import DiffPruningConfig, check_density
+from diffpeft.gates.scores import GatedDiff
+from diffpeft.layer.layer import DiffPruningLayer
+from diffpeft.layer.tensors import VALUES
+from diffpeft.sparse import scan
+from diffpeft.sparse.sharded import check_whole
+from diffpeft.tuner.base import GATING, DiffPruningTuner
+from diffpeft.tuner.optimizer import check_replaceable, replace_parameters
+
+
+@dataclass(frozen=True)
+class PruningSummary:
+    """The outcome of magnitude pruning."""
+
+    kept: int
+    """Nonzeros of the diff."""
+    total: int
+    """Parameters of the base model."""
+    threshold: float
+    """The smallest magnitude that was kept."""
+    per_parameter: dict[str, tuple[int, int]]
+    """(kept, elements) of each adapted parameter, by its name in the base model."""
+
+    @property
+    def density(self) -> float:
+        """Nonzeros as a share of the base model's parameters."""
+        return self.kept / self.total
+
+    def __str__(self) -> str:
+        untouched = sum(1 for kept, _ in self.per_parameter.values() if not kept)
+        largest = sorted(self.per_parameter.items(), key=lambda item: -item[1][0])[:5]
+        shares = ", ".join(f"{name} {kept} ({kept / max(1, numel):.2%})" for name, (kept, numel) in largest)
+        return (
+            f"magnitude pruning kept {self.kept} of {self.total} (density {self.density:.4%}, |diff| >= "
+            f"{self.threshold:.3e}); {untouched} of {len(self.per_parameter)} groups left as pretrained, most kept in "
+            f"{shares}"
+        )
+
+
+@torch.no_grad()
+def magnitude_prune(
+    tuner: DiffPruningTuner, adapter_name: str, density: float | None, optimizer: torch.optim.Optimizer | None
+) -> PruningSummary:
+    """Keep the largest |delta| of an adapter over all tensors together; see `DiffPruningModel.magnitude_prune`."""
+    layers = tuner.layers_of(adapter_name)
+    config: DiffPruningConfig = tuner.peft_config[adapter_name]
+    density = config.target_density if density is None else density
+    k = _check(tuner, adapter_name, density, layers)
+    old = {layer: layer.adapter_parameters(adapter_name) for layer in layers}
+    check_whole((p for parameters in old.values() for p in parameters), "magnitude_prune")
+    if optimizer is not None:
+        check_replaceable(optimizer, {p for parameters in old.values() for p in parameters if p.requires_grad})
+
+    owners = [(layer, name) for layer in layers for name in layer.shapes]
+    diffs = [_gated_diff(layer, adapter_name, name) for layer, name in owners]
+    kept, threshold = scan.top_k(diffs, k)
+    chosen = {owner: (p, diff.values(p)) for owner, diff, p in zip(owners, diffs, kept, strict=True)}
+    replacement = dict[nn.Parameter, nn.Parameter | None]()
+    for layer in layers:
+        w = dict(layer.diffpruning_w[adapter_name])
+        layer.set_diff(adapter_name, {name: chosen[layer, name] for name in layer.shapes})
+        values = getattr(layer, VALUES)[adapter_name]
+        replacement.update(dict.fromkeys(old[layer]))
+        replacement.update({w[name]: values[name] for name in values})
+    # A copy: the caller's config stays what it was, to begin another adapter with.
+    config = tuner.peft_config[adapter_name] = copy.copy(config)
+    counts = {
+        layer.parameter_key(name): (positions.numel(), layer.shapes[name].numel())
+        for (layer, name), (positions, _) in chosen.items()
+    }
+    config.target_density = density
+    config.nnz_pattern = {key: count for key, (count, _) in counts.items() if count}
+    for layer in layers:
+        layer.configs[adapter_name] = config
+        layer.noise.scratch.clear()
+    if optimizer is not None:
+        replace_parameters(optimizer, replacement)
+    return PruningSummary(k, tuner.num_base_parameters(), threshold.value, counts)
+
+
+def _check(tuner: DiffPruningTuner, adapter_name: str, density: float, layers: list[DiffPruningLayer]) -> int:
+    """The number of entries to keep. Raises ValueError where that many cannot be kept."""
+    if tuner.phase(adapter_name) != GATING:
+        count = sum(sum((layer.nnz(adapter_name) or {}).values()) for layer in layers)
+        raise ValueError(f"adapter {adapter_name!r} is pruned already, to {count} nonzeros; it cannot be pruned twice")
+    check_density(density)
+    total, adapted = tuner.num_base_parameters(), sum(s.numel() for layer in layers for s in layer.shapes.values())
+    k = round(density * total)
+    if not 1 <= k <= adapted:
+        raise ValueError(
+            f"density={density} of {total} base parameters is {k} nonzeros, but the adapted modules offer 1 to "
+            f"{adapted}; change target_density or target_modules"
+        )
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ValueError(
+            f"adapter {adapter_name!r} is merged into the base model; call unmerge_adapter() before pruning"
+        )
+    return k
+
+
+def _gated_diff(layer: DiffPruningLayer, adapter_name: str, name: str) -> GatedDiff:
+    w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, name)
+    return GatedDiff(w.detach(), log_alpha, group_log_alpha, layer.configs[adapter_name].stretch)
