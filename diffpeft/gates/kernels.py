@@ -9,15 +9,13 @@ runs eagerly, on a CPU in pieces that stay in its cache: the noise is the same t
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffpeft.gates.compile import WORTH_THREADS, compile_and_run
+from diffpeft.gates.compile import compile_and_run
 from diffpeft.gates.hard_concrete import (
     PIECE,
     Stretch,
@@ -128,26 +126,6 @@ def _adam(
     log_alpha.copy_(log_alpha - rule[1] * mean / ((square * rule[2]).sqrt() + EPS))
     exp_avg.copy_(mean)
     exp_avg_sq.copy_(square)
-
-
-def _turned(x: Tensor) -> Tensor:
-    return x.t().contiguous()
-
-
-def turned(x: Tensor, fused: bool = False) -> Tensor:
-    """The transpose of a matrix, laid out anew: on a CPU a compiler's loop goes in tiles."""
-    worth = fused and min(x.shape) > 8 and x.numel() >= WORTH_THREADS and x.is_contiguous()
-    done, result = compile_and_run(_turned, x.detach()) if worth else (False, None)
-    layout: Tensor = result if done and result is not None else _turned(x)
-    return layout
-
-
-@functools.cache
-def prepare_turned() -> None:
-    """Compile [`turned`] before a backward pass needs it: what the compiler takes meanwhile would come on top of all activations."""
-    side = math.isqrt(WORTH_THREADS) + 1
-    with torch.no_grad():
-        turned(torch.zeros(side, side + 1), fused=True)
 
 
 def _run(chain: Callable[..., Any], fused: bool, tensors: Sequence[Tensor], *settings: Any, whole: bool = False) -> Any:

@@ -98,7 +98,7 @@ def _linear(layer: Layer, adapter_name: str, x: Tensor) -> Tensor | None:
         diff = layer.sparse(adapter_name, "weight")
         pattern = diff.pattern if sampling_pays(diff.count, module.weight.shape, x) else None
         own = Diff(diff.values, diff.positions)
-        return patched_linear(x, layer.read("bias"), module.weight, own, pattern, layer.fused)
+        return patched_linear(x, layer.read("bias"), module.weight, own, pattern)
     w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, "weight")
     if log_alpha is None or not layer.training:
         return None

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from diffpeft.gates.kernels import prepare_turned, turned
 from diffpeft.sparse.inplace import Entry, InplaceUpdate, read_at, write_at
 from diffpeft.sparse.linear import compute_dtype, embedding_gradient
 
@@ -101,9 +100,7 @@ def _accept_beta() -> None:
         )
 
 
-def gradient_at(
-    grad: Tensor, x: Tensor, values: Tensor, positions: Tensor, pattern: Pattern | None, fused: bool = False
-) -> Tensor:
+def gradient_at(grad: Tensor, x: Tensor, values: Tensor, positions: Tensor, pattern: Pattern | None) -> Tensor:
     """grad^T x, grad (n, out) and x (n, in), at flat `positions`: shape (k,); with a pattern, nowhere else."""
     if pattern is None or grad.dtype != torch.float32:  # as under autocast
         return torch.take(grad.t() @ x, positions)
@@ -113,9 +110,8 @@ def gradient_at(
     for part, (own, other) in enumerate(zip(torch.split(grad, rows), torch.split(x, rows), strict=True)):
         places = torch.sparse_csr_tensor(*pattern, found, size, check_invariants=False)
         # It reads rows of the one and columns of the other.
-        product = torch.sparse.sampled_addmm(
-            places, turned(own, fused), turned(other, fused).t(), beta=1.0 if part else 0.0
-        )
+        by_column = own.t().contiguous(), other.t().contiguous().t()
+        product = torch.sparse.sampled_addmm(places, *by_column, beta=1.0 if part else 0.0)
         found = product.values()
     return found
 
@@ -130,15 +126,12 @@ class _PatchedLinear(torch.autograd.Function):
         weight: Tensor,
         positions: Tensor,
         pattern: Pattern | None,
-        fused: bool,
     ) -> Tensor:
-        if fused and pattern is not None:
-            prepare_turned()
         dtype = compute_dtype(x, weight)
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         x = x.to(dtype)
         ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, positions)
-        ctx.weight, ctx.pattern, ctx.fused = weight, pattern, fused
+        ctx.weight, ctx.pattern = weight, pattern
         with InplaceUpdate([Entry(weight, positions, values)]):
             return functional.linear(x, weight.data.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -155,8 +148,8 @@ class _PatchedLinear(torch.autograd.Function):
             by_bias = rows.sum(0).to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
             x = x.reshape(-1, x.shape[-1])
-            by_values = gradient_at(rows, x, values, positions, ctx.pattern, ctx.fused).to(values.dtype)
-        return by_x, by_bias, by_values, None, None, None, None
+            by_values = gradient_at(rows, x, values, positions, ctx.pattern).to(values.dtype)
+        return by_x, by_bias, by_values, None, None, None
 
 
 class _PatchedEmbedding(torch.autograd.Function):
@@ -184,11 +177,11 @@ class _PatchedEmbedding(torch.autograd.Function):
 
 
 def patched_linear(
-    x: Tensor, bias: Tensor | None, weight: Tensor, diff: Diff, pattern: Pattern | None = None, fused: bool = False
+    x: Tensor, bias: Tensor | None, weight: Tensor, diff: Diff, pattern: Pattern | None = None
 ) -> Tensor:
     """`torch.nn.functional.linear` of `x` (..., in) with `diff` added to `weight` (out, in), differentiable in `x`, `bias` and the
-    diff's values. With a `pattern` of its positions the values' gradient is computed at these alone; `fused` says whether to compile."""
-    return _PatchedLinear.apply(x, bias, diff.values, weight, diff.positions, pattern, fused)  # type: ignore[no-any-return,no-untyped-call]
+    diff's values. With a `pattern` of its positions the values' gradient is computed at these alone."""
+    return _PatchedLinear.apply(x, bias, diff.values, weight, diff.positions, pattern)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def patched_embedding(ids: Tensor, padding_idx: int | None, weight: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
