@@ -18,6 +18,8 @@ Stretch = tuple[float, float]
 
 PIECE = 1 << 17
 """Elements worked on at a time on a CPU, so that a chain of elementwise operations stays in its cache."""
+GPU_PIECE = 1 << 24
+"""Elements worked on at a time on a GPU where all would take too much memory."""
 
 
 def pieces(*tensors: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
@@ -82,6 +84,41 @@ def open_logit(log_alpha: Tensor, stretch: Stretch) -> Tensor:
 def open_probability(log_alpha: Tensor, stretch: Stretch) -> Tensor:
     """P(z > 0) of every gate, differentiable (arXiv 2012.07463, equation 4)."""
     return torch.sigmoid(open_logit(log_alpha, stretch))
+
+
+def split_flat(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A tensor, flat, in chunks that are worked on at a time; views if it is contiguous."""
+    return torch.split(tensor.detach().reshape(-1), PIECE if tensor.device.type == "cpu" else GPU_PIECE)
+
+
+def delta_chunks(
+    w: Tensor, log_alpha: Tensor | None, group_log_alpha: Tensor | None, stretch: Stretch
+) -> Iterator[Tensor]:
+    """The chunks of [`delta`], flat and in order."""
+    if log_alpha is None:
+        yield from split_flat(w)
+        return
+    group = None if group_log_alpha is None else gate(group_log_alpha.detach(), None, stretch).reshape(())
+    for own, location in zip(split_flat(w), split_flat(log_alpha), strict=True):
+        chunk = gate(location, None, stretch).mul_(own)
+        yield chunk if group is None else chunk.mul_(group)
+
+
+def delta(w: Tensor, log_alpha: Tensor | None, group_log_alpha: Tensor | None, stretch: Stretch) -> Tensor:
+    """z z_group w with deterministic gates, fp32, shape of `w`, without gradient.
+
+    Args:
+        w: the dense diff, fp32, any shape.
+        log_alpha: of the element gates, fp32 or fp16, shape of `w`; None for a diff without gates.
+        group_log_alpha: of the group gate, shape (1,), or None.
+        stretch: (l, r) with l < 0 and 1 < r.
+    """
+    if log_alpha is None:
+        return w.detach().clone()
+    result = torch.empty(w.shape, dtype=w.dtype, device=w.device)
+    for out, chunk in zip(split_flat(result), delta_chunks(w, log_alpha, group_log_alpha, stretch), strict=True):
+        out.copy_(chunk)
+    return result
 
 
 class _GatedParameter(torch.autograd.Function):

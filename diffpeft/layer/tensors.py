@@ -321,16 +321,7 @@ class AdapterTensors(Gating, nn.Module, BaseTunerLayer):
 
     def dense_delta(self, adapter_name: str, name: str) -> Tensor:
         """z w with deterministic gates, fp32, shape of the parameter; gating only, without gradient."""
-        with torch.no_grad():
-            w, log_alpha, group_log_alpha = self.gates_of_parameter(adapter_name, name)
-            if log_alpha is None:
-                return w.clone()
-            stretch, delta = self.configs[adapter_name].stretch, torch.empty_like(w)
-            for result, location, own in gates.pieces(delta, log_alpha, w):
-                torch.mul(gates.gate(location, None, stretch), own, out=result)
-            if group_log_alpha is not None:
-                delta.mul_(gates.gate(group_log_alpha, None, stretch).reshape(()))
-            return delta
+        return gates.delta(*self.gates_of_parameter(adapter_name, name), self.configs[adapter_name].stretch)
 
 
 def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

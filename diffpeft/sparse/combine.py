@@ -136,7 +136,10 @@ def _count(diff: Diff) -> int:
 def _keep_largest(diff: Diff, k: int) -> Diff:
     if k >= _count(diff):
         return diff
-    return _select(diff, global_top_k([values.abs for _, values in diff.values()], k)[0]) if k else {}
+    if not k:
+        return {}
+    magnitudes = [lambda values=values: [values.abs()] for _, values in diff.values()]
+    return _select(diff, global_top_k(magnitudes, k)[0])
 
 
 def _drop_smallest(diff: Diff, density: float) -> Diff:

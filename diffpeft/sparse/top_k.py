@@ -1,12 +1,13 @@
-"""Magnitude pruning over all tensors together: one global threshold, exactly k survivors (arXiv 2012.07463, section 3.1).
+"""The k largest scores of any number of tensors together: one global threshold, exactly k survivors.
 
-Nonnegative fp32 numbers sort like their bit patterns, so the k-th largest of any number of tensors follows from two
-histograms of 16 bits each: exact, without sorting and without ever holding more than one tensor of scores.
+Nonnegative fp32 numbers sort like their bit patterns, so the k-th largest follows from two histograms of 16 bits each:
+exact, without sorting, and without ever holding more than one chunk of scores (arXiv 2012.07463, section 3.1).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,9 +15,11 @@ UNORDERED = (
     "scores are NaN, infinite or negative, so their order means nothing; "
     "check the loss and lower the learning rate before pruning"
 )
+INFINITY_BITS = 0x7F800000
+HALF_BITS = 16
 
-Scores = Callable[[], Tensor]
-"""Computes the fp32 nonnegative scores of one tensor anew, so that no more than one is alive at a time."""
+Scores = Callable[[], Iterable[Tensor]]
+"""Computes the scores of one tensor again, as chunks in order: fp32, nonnegative, flat in sum."""
 
 
 @dataclass(frozen=True)
@@ -28,27 +31,21 @@ class Threshold:
     ties: int
 
 
-def check_count(k: int, total: int) -> None:
-    """Raise ValueError where k of `total` scores cannot be kept."""
-    if not 1 <= k <= total:
-        raise ValueError(f"k={k} of {total} scores cannot be kept; use 1 <= k <= {total}")
+def select(scores: Tensor, threshold: Threshold, ties: int) -> tuple[Tensor, int]:
+    """Positions of the scores that a threshold keeps, int64 and sorted, and how many ties may follow.
 
-
-def _bit_patterns(scores: Tensor) -> Tensor:
-    if scores.dtype != torch.float32:
-        raise TypeError(f"scores are {scores.dtype}; global top-k compares the bit patterns of torch.float32")
-    bits = scores.reshape(-1).view(torch.int32)
-    if bits.numel() and (int(bits.max()) >= 0x7F800000 or int(bits.min()) < 0):
-        raise ValueError(UNORDERED)
-    return bits
-
-
-def _bin_of(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """The bin that holds the `rank`-th largest entry (from 1), and the rank within that bin."""
-    from_top = histogram.flip(0).cumsum(0)
-    index = int(torch.searchsorted(from_top, rank))
-    above = int(from_top[index - 1]) if index else 0
-    return len(histogram) - 1 - index, rank - above
+    Args:
+        scores: one chunk, fp32 and nonnegative, flat.
+        threshold: the cut.
+        ties: how many scores equal to the cut may be kept from here on.
+    """
+    bits = scores.view(torch.int32)
+    positions = _nonzero(bits >= threshold.bits)
+    tied = bits[positions] == threshold.bits
+    found = int(tied.count_nonzero())
+    if found > ties:
+        positions = positions[~tied | (tied.cumsum(0) <= ties)]
+    return positions, max(0, ties - found)
 
 
 def global_threshold(scores: Sequence[Scores], k: int) -> Threshold:
@@ -57,20 +54,14 @@ def global_threshold(scores: Sequence[Scores], k: int) -> Threshold:
     Raises:
         ValueError: k outside [1, number of scores]; NaN, infinite or negative scores.
     """
-    total = 0
-    high = torch.zeros(1 << 16, dtype=torch.int64)
-    for compute in scores:
-        bits = _bit_patterns(compute())
-        total += bits.numel()
-        high += torch.bincount(bits >> 16, minlength=1 << 16).cpu()
-    check_count(k, total)
+    high = _histogram(bits >> HALF_BITS for bits in _bit_patterns(scores))
+    total = int(high.sum())
+    if not 1 <= k <= total:
+        raise ValueError(f"k={k} of {total} scores cannot be kept; use 1 <= k <= {total}")
     high_bin, rank = _bin_of(high, k)
-    low = torch.zeros(1 << 16, dtype=torch.int64)
-    for compute in scores:
-        bits = _bit_patterns(compute())
-        low += torch.bincount(bits[bits >> 16 == high_bin] & 0xFFFF, minlength=1 << 16).cpu()
-    low_bin, ties = _bin_of(low, rank)
-    cut = (high_bin << 16) | low_bin
+    in_bin = (bits[bits >> HALF_BITS == high_bin] for bits in _bit_patterns(scores))
+    low_bin, ties = _bin_of(_histogram(bits & 0xFFFF for bits in in_bin), rank)
+    cut = (high_bin << HALF_BITS) | low_bin
     return Threshold(float(torch.tensor(cut, dtype=torch.int32).view(torch.float32)), cut, ties)
 
 
@@ -81,14 +72,50 @@ def global_top_k(scores: Sequence[Scores], k: int) -> tuple[list[Tensor], Thresh
         One int64 tensor of sorted flat positions a tensor of scores, k in all; and the threshold.
     """
     threshold = global_threshold(scores, k)
-    ties_left = threshold.ties
-    kept = []
+    ties, kept = threshold.ties, []
     for compute in scores:
-        bits = _bit_patterns(compute())
-        mask = bits > threshold.bits
-        if ties_left:
-            ties = torch.nonzero(bits == threshold.bits).squeeze(1)[:ties_left]
-            mask[ties] = True
-            ties_left -= ties.numel()
-        kept.append(torch.nonzero(mask).squeeze(1))
+        parts, start = [torch.empty(0, dtype=torch.int64)], 0
+        for chunk in compute():
+            positions, ties = select(chunk.reshape(-1), threshold, ties)
+            parts = [part.to(chunk.device) for part in parts] if not start else parts
+            parts.append(positions + start)
+            start += chunk.numel()
+        kept.append(torch.cat(parts))
     return kept, threshold
+
+
+def _bit_patterns(scores: Sequence[Scores]) -> Iterator[Tensor]:
+    """The bit patterns of all chunks of all tensors, int32, flat; raises where they have no order."""
+    for compute in scores:
+        for chunk in compute():
+            if chunk.dtype != torch.float32:
+                raise TypeError(f"scores are {chunk.dtype}; global top-k compares the bit patterns of torch.float32")
+            bits = chunk.reshape(-1).view(torch.int32)
+            if bits.numel():
+                lowest, highest = torch.aminmax(bits)
+                if int(lowest) < 0 or int(highest) >= INFINITY_BITS:
+                    raise ValueError(UNORDERED)
+            yield bits
+
+
+def _histogram(chunks: Iterable[Tensor]) -> Tensor:
+    """How often each number of 16 bits occurs, int64, on the CPU."""
+    counts = torch.zeros(1 << HALF_BITS, dtype=torch.int64)
+    for chunk in chunks:
+        counts += torch.bincount(chunk, minlength=len(counts)).cpu()
+    return counts
+
+
+def _bin_of(histogram: Tensor, rank: int) -> tuple[int, int]:
+    """The bin that holds the `rank`-th largest entry (from 1), and the rank within that bin."""
+    from_top = histogram.flip(0).cumsum(0)
+    index = int(torch.searchsorted(from_top, rank))
+    above = int(from_top[index - 1]) if index else 0
+    return len(histogram) - 1 - index, rank - above
+
+
+def _nonzero(mask: Tensor) -> Tensor:
+    """Positions of what is set in a bool tensor, shape (n,): int64, sorted."""
+    if mask.device.type == "cpu":  # torch.nonzero takes ten times as long
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return torch.nonzero(mask).squeeze(1)

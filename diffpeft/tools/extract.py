@@ -14,7 +14,7 @@ from diffpeft.files import fingerprint
 from diffpeft.files.adapter import owners, write_adapter
 from diffpeft.files.checkpoint import Checkpoint, LazyTensors, Source, open_checkpoint
 from diffpeft.files.values import check_dtype, rounded
-from diffpeft.sparse.top_k import Scores, global_threshold
+from diffpeft.sparse.top_k import Scores, global_threshold, select
 from diffpeft.tools.alignment import align, excluded, inside, whole_modules
 
 CHUNK = 1 << 20
@@ -181,7 +181,7 @@ class _Differences:
 
     def scores(self, name: str) -> Scores:
         """Gives the magnitudes of [`of`]."""
-        return lambda: self.of(name).abs_()
+        return lambda: torch.split(self.of(name).abs_(), CHUNK)
 
     def count(self, name: str) -> int:
         """How many entries differ. Raises ValueError where a difference is not finite."""
@@ -196,7 +196,7 @@ class _Differences:
 def _largest(differences: _Differences, k: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Positions and values of the k largest differences of all, ties going to the first tensors and positions.
 
-    Like `global_top_k`, but nothing that stays is allocated between tensors that go: the holes that these leave would
+    Like [`diffpeft.sparse.top_k.global_top_k`], but nothing that stays is allocated between tensors that go: the holes that these leave would
     be too small for the next, and memory would grow by a tensor for each.
     """
     threshold = global_threshold([differences.scores(name) for name in differences.names], k)
@@ -206,11 +206,7 @@ def _largest(differences: _Differences, k: int) -> dict[str, tuple[Tensor, Tenso
         delta, start = differences.of(name), filled
         for offset in range(0, delta.numel(), CHUNK):
             part = delta[offset : offset + CHUNK]
-            bits = part.abs().view(torch.int32)
-            where = torch.nonzero(bits >= threshold.bits).squeeze(1)
-            tied = bits[where] == threshold.bits
-            where = where[~tied | (tied.cumsum(0) <= ties)]
-            ties -= min(ties, int(tied.sum()))
+            where, ties = select(part.abs(), threshold, ties)
             span = slice(filled, filled + where.numel())
             positions[span], values[span] = where + offset, part[where]
             filled = span.stop

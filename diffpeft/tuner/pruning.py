@@ -12,8 +12,8 @@ from diffpeft.config import DiffPruningConfig, check_density
 from diffpeft.gates.scores import GatedDiff
 from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.layer.tensors import VALUES
-from diffpeft.sparse import scan
 from diffpeft.sparse.sharded import check_whole
+from diffpeft.sparse.top_k import global_top_k
 from diffpeft.tuner.base import GATING, DiffPruningTuner
 from diffpeft.tuner.optimizer import check_replaceable, replace_parameters
 
@@ -63,7 +63,7 @@ def magnitude_prune(
 
     owners = [(layer, name) for layer in layers for name in layer.shapes]
     diffs = [_gated_diff(layer, adapter_name, name) for layer, name in owners]
-    kept, threshold = scan.top_k(diffs, k)
+    kept, threshold = global_top_k([diff.scores for diff in diffs], k)
     chosen = {owner: (p, diff.values(p)) for owner, diff, p in zip(owners, diffs, kept, strict=True)}
     replacement = dict[nn.Parameter, nn.Parameter | None]()
     for layer in layers:
@@ -110,4 +110,4 @@ def _check(tuner: DiffPruningTuner, adapter_name: str, density: float, layers: l
 
 def _gated_diff(layer: DiffPruningLayer, adapter_name: str, name: str) -> GatedDiff:
     w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, name)
-    return GatedDiff(w.detach(), log_alpha, group_log_alpha, layer.configs[adapter_name].stretch)
+    return GatedDiff(w, log_alpha, group_log_alpha, layer.configs[adapter_name].stretch)

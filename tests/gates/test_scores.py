@@ -1,4 +1,4 @@
-"""One pass over pieces of the gates, against scores of whole tensors."""
+"""What pruning keeps of gated diffs, chunk by chunk, against scores of whole tensors."""
 
 import math
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from diffpeft.gates import hard_concrete as gates
 from diffpeft.gates.scores import GatedDiff
-from diffpeft.sparse import scan
 from diffpeft.sparse.top_k import global_top_k
 
 PAPER = (-1.5, 1.5)
@@ -20,10 +19,9 @@ Parts = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    monkeypatch.setattr(scan, "PIECE", 64)
-    monkeypatch.setattr(scan, "GPU_PIECE", 64)
-    monkeypatch.setattr(scan, "ROOM", 3)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(gates, "PIECE", 64)
+    monkeypatch.setattr(gates, "GPU_PIECE", 64)
 
 
 def dense(w: Tensor, log_alpha: Tensor | None, group: Tensor | None, stretch: tuple[float, float]) -> Tensor:
@@ -43,8 +41,8 @@ def dense_scores(w: Tensor, log_alpha: Tensor | None, group: Tensor | None, stre
 def check(tensors: list[Parts], k: int, stretch: tuple[float, float] = PAPER) -> None:
     """The same positions, threshold and values as with whole tensors."""
     diffs = [GatedDiff(*parts, stretch) for parts in tensors]
-    kept, threshold = scan.top_k(diffs, k)
-    expected, expected_threshold = global_top_k([lambda t=t: dense_scores(*t, stretch) for t in tensors], k)
+    kept, threshold = global_top_k([diff.scores for diff in diffs], k)
+    expected, expected_threshold = global_top_k([lambda t=t: [dense_scores(*t, stretch)] for t in tensors], k)
     assert threshold == expected_threshold
     for parts, diff, where, plain in zip(tensors, diffs, kept, expected, strict=True):
         assert where.dtype == torch.int64
@@ -86,33 +84,11 @@ def test_what_is_kept_is_what_whole_tensors_keep(device, data):
         check(tensors, data.draw(st.integers(1, total)), stretch)
 
 
-@given(st.data())
-def test_a_sample_that_misleads_costs_time_alone(device, data):
-    tensors, stretch = data.draw(gated(device))
-    total = sum(parts[0].numel() for parts in tensors)
-    if total:
-        bound = data.draw(st.sampled_from([0.0, 1e-45, 1e-20, 1e-16, 1.0, 1e30]))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(scan, "_sampled_bound", lambda *_: bound)
-            check(tensors, data.draw(st.integers(1, total)), stretch)
-
-
 @pytest.mark.parametrize("k", [1, 7, 150, 1000])
 def test_scores_that_rise_to_the_end(k):
     w = torch.arange(1000.0)
     check([(w, torch.full_like(w, 5.0), None)], k)
     check([(w.flip(0).reshape(10, 100).t(), None, None)], k)
-
-
-@pytest.mark.parametrize("samples", [16, 1 << 20])
-def test_a_sample_leaves_few_candidates(monkeypatch, samples):
-    monkeypatch.setattr(scan, "SAMPLES", samples)
-    w = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
-    diff = GatedDiff(w, torch.full_like(w, 5.0), None, PAPER)
-    bound = scan._sampled_bound([diff], 1000, w.numel())
-    assert 0 <= bound <= w.abs().sort(descending=True).values[999]
-    if samples > w.numel():
-        assert (w.abs() >= bound).sum() < 1200
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), -float("nan"), float("inf"), -float("inf")])
@@ -121,8 +97,9 @@ def test_diffs_without_an_order_are_refused(device, wrong, log_alpha):
     w = torch.ones(100, device=device)
     w[50] = wrong
     gate = None if log_alpha is None else torch.full_like(w, log_alpha)
+    diffs = GatedDiff(torch.ones(3, device=device), None, None, PAPER), GatedDiff(w, gate, None, PAPER)
     with pytest.raises(ValueError, match=r"NaN, infinite or negative.*lower the learning rate"):
-        scan.top_k([GatedDiff(torch.ones(3, device=device), None, None, PAPER), GatedDiff(w, gate, None, PAPER)], 5)
+        global_top_k([diff.scores for diff in diffs], 5)
 
 
 @pytest.mark.parametrize("group", [False, True])
@@ -130,14 +107,7 @@ def test_gates_that_are_nan_are_refused(group):
     w, log_alpha, group_log_alpha = torch.ones(100), torch.zeros(100), torch.zeros(1)
     (group_log_alpha if group else log_alpha)[-1] = float("nan")
     with pytest.raises(ValueError, match="NaN, infinite or negative"):
-        scan.top_k([GatedDiff(w, log_alpha, group_log_alpha, PAPER)], 5)
-
-
-@pytest.mark.parametrize("k", [-1, 0, 6])
-def test_k_out_of_range_is_refused(k):
-    diffs = [GatedDiff(torch.ones(n), None, None, PAPER) for n in (3, 2)]
-    with pytest.raises(ValueError, match=rf"k={k} of 5 scores cannot be kept; use 1 <= k <= 5"):
-        scan.top_k(diffs, k)
+        global_top_k([GatedDiff(w, log_alpha, group_log_alpha, PAPER).scores], 5)
 
 
 @pytest.mark.parametrize("numel", [1, 63, 64, 65, 1000, 30_001])
@@ -149,3 +119,4 @@ def test_single_entries_have_the_bits_of_the_whole(numel):
     for share in (0.01, 0.5, 1.0):
         where = torch.from_numpy(np.flatnonzero(np.random.default_rng(0).random(numel) < share))
         assert torch.equal(diff.values(where), whole[where])
+        assert torch.equal(gates.delta(*diff), whole)
