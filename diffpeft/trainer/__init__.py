@@ -1,1 +1,5 @@
-"""The three phases in transformers' Trainer."""
+"""The three phases in transformers' Trainer; importing it registers the entries of the Trainer's logs."""
+
+from diffpeft.trainer import logs
+
+logs.install()

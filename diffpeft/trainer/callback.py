@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -17,7 +18,7 @@ from diffpeft.model import DiffPruningModel
 from diffpeft.trainer import resume
 from diffpeft.trainer.ddp import DDPFinder
 from diffpeft.trainer.launch import check_launch
-from diffpeft.trainer.logs import LEARNING_RATE
+from diffpeft.trainer.logs import USED_RATE_ATTRIBUTE
 from diffpeft.tuner.base import FIXMASK, GATING
 
 logger = logging.getLogger(__name__)
@@ -199,7 +200,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         factors = self._rate_factors(tuner, args, state)
         for group, factor in zip(optimizer.param_groups, factors, strict=True):
             group["lr"] = group["lr"] * factor
-        setattr(state, LEARNING_RATE, float(optimizer.param_groups[0]["lr"]))
+        setattr(state, USED_RATE_ATTRIBUTE, float(optimizer.param_groups[0]["lr"]))
 
     def _rate_factors(self, tuner: DiffPruningModel, args: TrainingArguments, state: TrainerState) -> list[float]:
         """What the scheduled learning rate of each group is multiplied by."""
@@ -256,7 +257,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         self._factors = [self._fixmask_rate(args) / rate if rate > 0 else 1.0 for rate in rates]
         self._ddp.rebuild()
         if state.is_world_process_zero:
-            logger.info("step %d: %s", state.global_step, summary)
+            _show(f"step {state.global_step}: {summary}", args)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -289,3 +290,11 @@ def _is_lean(tuner: DiffPruningModel) -> bool:
 def _finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return not gradients or bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all())
+
+
+def _show(line: str, args: TrainingArguments) -> None:
+    """Write a line as the Trainer writes its log entries: above the progress bar, or through logging without one."""
+    if args.disable_tqdm:
+        logger.info(line)
+    else:
+        tqdm.write(line)

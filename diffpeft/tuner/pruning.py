@@ -38,12 +38,9 @@ class PruningSummary:
 
     def __str__(self) -> str:
         untouched = sum(1 for kept, _ in self.per_parameter.values() if not kept)
-        largest = sorted(self.per_parameter.items(), key=lambda item: -item[1][0])[:5]
-        shares = ", ".join(f"{name} {kept} ({kept / max(1, numel):.2%})" for name, (kept, numel) in largest)
         return (
-            f"magnitude pruning kept {self.kept} of {self.total} (density {self.density:.4%}, |diff| >= "
-            f"{self.threshold:.3e}); {untouched} of {len(self.per_parameter)} groups left as pretrained, most kept in "
-            f"{shares}"
+            f"magnitude pruning kept {self.kept} of {self.total} parameters (density {self.density:.4%}, |diff| >= "
+            f"{self.threshold:.3e}); {untouched} of {len(self.per_parameter)} tensors left as pretrained"
         )
 
 
