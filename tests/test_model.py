@@ -169,13 +169,13 @@ def test_gating_lowers_the_expected_density(tiny_bert, batch, l0_lambda):
         assert after == pytest.approx(CONFIG["target_density"], rel=0.1)
 
 
-def test_sparsification_goes_from_nought_to_one(tiny_bert, batch):
+def test_density_progress_goes_from_zero_to_one(tiny_bert, batch):
     model = get_peft_model(tiny_bert(), DiffPruningConfig(**CONFIG))
-    assert model.base_model.sparsification() == pytest.approx(0.0, abs=0.01)
+    assert model.base_model.density_progress() == pytest.approx(0.0, abs=0.01)
     train_steps(model, batch, 20, gating_steps=20)
-    assert model.base_model.sparsification() == pytest.approx(1.0, abs=0.05)
+    assert model.base_model.density_progress() == pytest.approx(1.0, abs=0.05)
     ungated = get_peft_model(tiny_bert(), DiffPruningConfig(gated=False, **CONFIG))
-    assert ungated.base_model.sparsification() == 0.0
+    assert ungated.base_model.density_progress() == 0.0
 
 
 def test_l0_penalty_counts_and_has_the_closed_forms_gradient(tiny_bert):
@@ -588,3 +588,14 @@ def test_a_config_can_begin_another_adapter_after_the_first_is_pruned(tiny_bert)
     model.add_adapter("third", config)
     model.base_model.magnitude_prune(adapter_name="next")
     assert model.base_model.phase("third") == "gating"
+
+
+def test_adapter_bytes_are_those_of_the_file(tiny_bert, tmp_path):
+    model = get_peft_model(tiny_bert(), DiffPruningConfig(task_type="SEQ_CLS", target_density=0.02))
+    tuner = model.base_model
+    assert tuner.adapter_bytes() > 4 * 0.95 * tuner.num_base_parameters(), "in gating, an estimate of the dense diff's"
+    tuner.magnitude_prune()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    size = sum(t.numel() * t.element_size() for key, t in tensors.items() if "diffpruning" in key)
+    assert tuner.adapter_bytes() == size

@@ -1,4 +1,4 @@
-"""The three phases in the stock Trainer. Every step taken here is a public method of the model."""
+"""The three phases in the stock Trainer, by public methods of the model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from diffpeft.model import DiffPruningModel
 from diffpeft.trainer import resume
 from diffpeft.trainer.ddp import DDPFinder
 from diffpeft.trainer.launch import check_launch
+from diffpeft.trainer.learning_rate import RateSchedule
 from diffpeft.trainer.logs import USED_RATE_ATTRIBUTE
-from diffpeft.tuner.base import FIXMASK, GATING
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 class DiffPruningCallback(TrainerCallback, ExportableState):
     """Gating, then magnitude pruning, then fixmask, in one `trainer.train()`.
 
-    A run that is resumed, from the checkpoint that [`diffpeft.last_checkpoint`] names, ends bit for bit where the unbroken
-    one does. A run that is stopped in gating is pruned where it stops.
+    A run that is resumed from the checkpoint that [`diffpeft.last_checkpoint`] names ends bit for bit where the unbroken one
+    does. A run that is stopped in gating is pruned where it stops.
 
     Args:
         gating_ratio: gating's share of the run's steps, in (0, 1].
@@ -41,7 +41,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
     Raises:
         ValueError: when training begins, if the model has no diff-pruning adapter, gating is longer than the run, or the
             checkpoint that training resumes from is damaged or of another run: its config, base or length of gating.
-        FloatingPointError: gradients are NaN or infinite. The model is as it was before the update, but for diffs that
+        FloatingPointError: gradients are NaN or infinite. The model is as it was before the update, except for diffs that
             `low_memory=True` had updated by then.
     """
 
@@ -72,33 +72,32 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         self.fixmask_warmup_steps = fixmask_warmup_steps
         self.transition_step = 0
         """The step at whose end pruning happens; known once training has begun."""
-        self._factors: list[float] = []  # fixmask's learning rate / the scheduled one, of each group of the optimizer
-        self._scheduled: list[Any] = []  # rates of the groups, while an update has another
         self._skipped = 0
         self._tuner: DiffPruningModel | None = None
+        self._rates: RateSchedule | None = None
         self._settings: dict[str, Any] = {}
         self._in_backward: InBackward | None = None
         self._ddp = DDPFinder()
 
     def state(self) -> dict[str, Any]:
-        """What the checkpoint's trainer_state.json keeps of the callback. The Trainer calls it when the adapter is saved."""
+        """The callback's part of a checkpoint's trainer_state.json; the Trainer asks for it once the adapter is saved."""
         arguments = {
             "gating_ratio": self.gating_ratio,
             "gating_steps": self.gating_steps,
             "fixmask_learning_rate": self.fixmask_learning_rate,
             "fixmask_warmup_steps": self.fixmask_warmup_steps,
         }
-        attributes = {"transition_step": self.transition_step, "_factors": self._factors}
-        if self._tuner is None:
-            return {"args": arguments, "attributes": attributes}
+        state = {"args": arguments, "attributes": {"transition_step": self.transition_step}}
+        if self._tuner is None or self._rates is None:
+            return state
         saved = {**self._settings, "adapter": resume.checksum(self._tuner, self._tuner.active_adapters[0])}
-        return {"args": arguments, "attributes": attributes, "saved": saved}
+        return {**state, "saved": {**saved, "fixmask_factors": self._rates.fixmask_factors}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Check how the Trainer was launched, before anything is sharded."""
         tuner = DiffPruningModel.of(kwargs["model"])
         if tuner is not None:
-            check_launch(args, tuner.phase() == GATING, self.fixmask_warmup_steps, _is_lean(tuner))
+            check_launch(args, tuner.phase() == "gating", self.fixmask_warmup_steps, _is_low_memory(tuner))
             tuner.open_values()
 
     def on_train_begin(
@@ -112,13 +111,12 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}); wrap it first: "
                 "model = get_peft_model(model, DiffPruningConfig())"
             )
-        check_launch(args, tuner.phase() == GATING, self.fixmask_warmup_steps, _is_lean(tuner))
+        check_launch(args, tuner.phase() == "gating", self.fixmask_warmup_steps, _is_low_memory(tuner))
         self.transition_step = self._gating_steps(state)
-        self._factors, self._scheduled, self._skipped = [], [], 0
+        self._skipped = 0
         name = tuner.resolve(None)
-        if state.global_step:
-            self._resume(tuner, name, state)
-        gating = tuner.phase() == GATING
+        factors = self._resume(tuner, name, state) if state.global_step else []
+        gating = tuner.phase() == "gating"
         if gating and state.global_step >= self.transition_step:
             raise ValueError(
                 f"the adapter is in gating, but the run is at step {state.global_step} and gating ends after "
@@ -131,8 +129,16 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             )
         if not args.learning_rate > 0:
             raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
-        if _is_lean(tuner):
+        if _is_low_memory(tuner):
             self._in_backward = tuner.update_in_backward(kwargs["optimizer"])
+        self._rates = RateSchedule(
+            args.learning_rate,
+            self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate,
+            self.transition_step,
+            state.max_steps,
+            self.fixmask_warmup_steps,
+            factors,
+        )
         self._tuner, self._settings = tuner, resume.settings(tuner, name)
         self._ddp.watch(model)
 
@@ -147,82 +153,47 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             )
         return steps
 
-    def _resume(self, tuner: DiffPruningModel, adapter_name: str, state: TrainerState) -> None:
-        """Take up what the checkpoint says, if it is one of this run."""
-        entry: Any = state.stateful_callbacks.get(type(self).__name__)
-        if not isinstance(entry, dict) or "saved" not in entry:
-            raise ValueError(
-                f"the checkpoint of step {state.global_step} has no state of {type(self).__name__}: it was made without it, "
-                "or with two of them; resume from one that was made with one, or begin a new run"
-            )
-        before = entry["attributes"]["transition_step"]
-        if before != self.transition_step:
-            raise ValueError(
-                f"the checkpoint was made with {before} gating steps, this run has {self.transition_step}; resume with "
-                f"gating_steps={before}"
-            )
-        for name in ("fixmask_learning_rate", "fixmask_warmup_steps"):
-            told, mine = entry["args"].get(name), getattr(self, name)
-            if told != mine:
-                raise ValueError(
-                    f"the checkpoint was made with {name}={told}, this run has {mine}; resume with the checkpoint's, or begin "
-                    "a new run"
-                )
-        resume.check(tuner, adapter_name, entry["saved"])
-        self._factors = entry["attributes"]["_factors"]
+    def _resume(self, tuner: DiffPruningModel, adapter_name: str, state: TrainerState) -> list[float]:
+        """Raise ValueError unless the checkpoint is one of this run; return fixmask's learning-rate factors from it."""
+        names = ("fixmask_learning_rate", "fixmask_warmup_steps")
+        arguments = {name: getattr(self, name) for name in names}
+        saved = resume.saved_state(state, type(self).__name__, self.transition_step, arguments)
+        resume.check(tuner, adapter_name, saved)
+        factors: list[float] = saved["fixmask_factors"]
+        return factors
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """In the low-memory mode, set the learning rate of the updates within the backward pass: as [`on_pre_optimizer_step`]
-        would, with the density that the last update has left."""
-        if self._in_backward is not None and self._tuner is not None:
-            self._in_backward.rate_factor = self._gating_factor(self._tuner, args)
+        """Set the learning rate of the low-memory mode's updates, which come within the backward pass."""
+        if self._in_backward is not None and self._tuner is not None and self._rates is not None:
+            self._in_backward.rate_factor = self._rates.gating_factor(_density_progress(self._tuner))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move the gates, once an update: after clipping, so that nothing scales the penalty; and set the learning rate.
+        """Move the gates, after gradients were clipped, so that nothing scales the penalty; set the learning rate.
 
-        With the automatic penalty the update's learning rate goes over to fixmask's as the expected density falls: the
-        fewer parameters carry the task, the farther each has to move. With a fixed lambda it stays as scheduled, as in
-        the paper. Fixmask's is a multiple of the scheduled one.
+        With the automatic penalty the rate goes over to fixmask's as the expected density falls. With a fixed lambda it
+        stays as scheduled, as in the paper.
         """
         tuner, optimizer = self._tuner, kwargs["optimizer"]
-        if tuner is None:
+        if tuner is None or self._rates is None:
             return
         if tuner.is_gated():
             finite = not math.isnan(tuner.gate_step(state.global_step, self.transition_step))
         else:
             finite = _finite_gradients(optimizer)
         self._check_finite(finite, args, state)
-        self._scheduled = [group["lr"] for group in optimizer.param_groups]
-        factors = self._rate_factors(tuner, args, state)
-        for group, factor in zip(optimizer.param_groups, factors, strict=True):
-            group["lr"] = group["lr"] * factor
-        setattr(state, USED_RATE_ATTRIBUTE, float(optimizer.param_groups[0]["lr"]))
-
-    def _rate_factors(self, tuner: DiffPruningModel, args: TrainingArguments, state: TrainerState) -> list[float]:
-        """What the scheduled learning rate of each group is multiplied by."""
-        if state.global_step >= state.max_steps:  # the step that transformers takes when an ended run is resumed
-            return [0.0] * len(self._scheduled)
-        if tuner.phase() == GATING:
-            return [self._gating_factor(tuner, args)] * len(self._scheduled)
-        warmup = self.fixmask_warmup_steps
-        if warmup < 1:
-            warmup *= state.max_steps - self.transition_step
-        risen = min(1.0, (state.global_step + 1 - self.transition_step) / max(1.0, warmup))
-        return [risen * factor for factor in self._factors or [1.0] * len(self._scheduled)]
-
-    def _gating_factor(self, tuner: DiffPruningModel, args: TrainingArguments) -> float:
-        automatic = tuner.is_gated() and tuner.peft_config[tuner.active_adapters[0]].l0_lambda == "auto"
-        progress = tuner.sparsification() if automatic else 0.0
-        return float((self._fixmask_rate(args) / args.learning_rate) ** progress)
+        progress = _density_progress(tuner) if tuner.phase() == "gating" else None
+        setattr(state, USED_RATE_ATTRIBUTE, self._rates.apply(optimizer, state.global_step, progress))
 
     def _check_finite(self, finite: bool, args: TrainingArguments, state: TrainerState) -> None:
         self._skipped = 0 if finite else self._skipped + 1
         if not finite and (not args.fp16 or self._skipped > self.MAX_SKIPPED):
-            before = "but for diffs that low_memory=True had updated by then, " if self._in_backward is not None else ""
+            before = (
+                "except for diffs that low_memory=True had updated by then, " if self._in_backward is not None else ""
+            )
             raise FloatingPointError(
                 f"the gradients of step {state.global_step + 1} are NaN or infinite"
                 f"{f', for the {self._skipped}th time in a row' if args.fp16 else ''}; {before}the model is as it was before "
@@ -234,14 +205,13 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the optimizer its scheduled learning rates back."""
-        for group, rate in zip(kwargs["optimizer"].param_groups, self._scheduled, strict=False):
-            group["lr"] = rate
-        self._scheduled = []
+        if self._rates is not None:
+            self._rates.restore(kwargs["optimizer"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """At the end of gating prune, before the step's evaluation and checkpoint."""
-        tuner = self._tuner
-        if tuner is None or state.global_step > self.transition_step:
+        tuner, rates = self._tuner, self._rates
+        if tuner is None or rates is None or state.global_step > self.transition_step:
             return
         # In gating a metric says little about the diff that will be: it must not choose the best checkpoint, which would
         # be dense, nor stop training early, nor lower the learning rate.
@@ -249,12 +219,11 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         scheduler = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])  # without Accelerate's wrapper
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler._reset()
-        if state.global_step < self.transition_step or tuner.phase() == FIXMASK:
+        if state.global_step < self.transition_step or tuner.phase() == "fixmask":
             return
         summary = tuner.magnitude_prune(optimizer=kwargs["optimizer"])
         self._in_backward = None
-        rates = [float(group["lr"]) for group in kwargs["optimizer"].param_groups]
-        self._factors = [self._fixmask_rate(args) / rate if rate > 0 else 1.0 for rate in rates]
+        rates.begin_fixmask(kwargs["optimizer"])
         self._ddp.rebuild()
         if state.is_world_process_zero:
             _show(f"step {state.global_step}: {summary}", args)
@@ -268,7 +237,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         if self._in_backward is not None:
             self._in_backward.remove()
             self._in_backward = None
-        if tuner is not None and tuner.phase() == GATING:
+        if tuner is not None and tuner.phase() == "gating":
             warnings.warn(
                 f"training was stopped at step {state.global_step}, in gating, which lasts until step "
                 f"{self.transition_step}: the diff is pruned as it is and has no fixmask. To go on instead, resume from the "
@@ -277,11 +246,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             )
             tuner.magnitude_prune()
 
-    def _fixmask_rate(self, args: TrainingArguments) -> float:
-        return self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate
 
-
-def _is_lean(tuner: DiffPruningModel) -> bool:
+def _is_low_memory(tuner: DiffPruningModel) -> bool:
     """Whether the active adapter is in gating, in the low-memory mode."""
     name = tuner.active_adapters[0]
     return tuner.is_gated(name) and bool(tuner.peft_config[name].low_memory)
@@ -290,6 +256,12 @@ def _is_lean(tuner: DiffPruningModel) -> bool:
 def _finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return not gradients or bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all())
+
+
+def _density_progress(tuner: DiffPruningModel) -> float:
+    """How far the density has fallen, for the learning rate: 0 where gates do not close by the automatic penalty."""
+    automatic = tuner.is_gated() and tuner.peft_config[tuner.active_adapters[0]].l0_lambda == "auto"
+    return tuner.density_progress() if automatic else 0.0
 
 
 def _show(line: str, args: TrainingArguments) -> None:

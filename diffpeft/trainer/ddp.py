@@ -1,4 +1,4 @@
-"""DistributedDataParallel around parameters that change: new ones must enter its reducer, or ranks drift apart."""
+"""DistributedDataParallel around a model whose parameters are replaced: without a new reducer, ranks would drift apart."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ class DDPFinder:
         self._handle = self._ddp = None
 
     def rebuild(self) -> None:
-        """Build the wrapper anew, in place, for the parameters that the model has now; without one, do nothing.
+        """Build the wrapper again, in place, for the parameters that the model has now; without one, do nothing.
 
         Its constructor also checks that all ranks have the same parameters and gives them rank 0's values.
         """

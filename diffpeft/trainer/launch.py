@@ -1,7 +1,7 @@
-"""What works where FSDP or DeepSpeed shards parameters over processes, and clear errors for the rest (docs/distributed.md).
+"""Checks of how the Trainer was launched (docs/distributed.md): FSDP, DeepSpeed, DataParallel, fp16.
 
-A finished adapter's k values are ordinary parameters, whatever shards them. Gating is not: gates move by a rule that looks at
-all of them, and pruning replaces parameters, of which a sharded model has only pieces.
+The k values of a pruned adapter are ordinary parameters, whatever shards them. Gating is different: gates move by a rule that
+looks at all of them, and pruning replaces parameters; a process with pieces of the model can do neither.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from diffpeft.sparse.sharded import REMEDY
 
 
 def check_launch(args: TrainingArguments, gating: bool, warmup: float, low_memory: bool = False) -> None:
-    """Raise ValueError for ways to launch the Trainer in which the gates or the kept values would train wrongly.
+    """Raise ValueError for ways to launch the Trainer in which gates or values would train wrongly.
 
     Args:
         args: the Trainer's.

@@ -1,4 +1,4 @@
-"""What a Trainer's checkpoint must tell so that a run goes on from it exactly, and which checkpoint to go on from."""
+"""Checks that a run goes on exactly from a Trainer's checkpoint, and which checkpoint to go on from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from diffpeft.layer.gating import GATING_BUFFERS
-from diffpeft.layer.tensors import GATING_PARAMETERS
 from diffpeft.model import DiffPruningModel
 from diffpeft.sparse.sharded import is_sharded
 
@@ -44,8 +43,8 @@ DECISIVE = (
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The latest checkpoint of a Trainer's `output_dir` that was written to its end; None if there is none.
 
-    transformers' own `get_last_checkpoint`, and `resume_from_checkpoint=True`, take the one with the highest number, though
-    a kill may have left it half written. The Trainer writes its state last, so a checkpoint with a whole one is whole.
+    transformers' `get_last_checkpoint`, and `resume_from_checkpoint=True`, take the one with the highest number, though a kill
+    may have left it half written. The Trainer writes its state last, so a checkpoint with a complete one is complete.
     """
     found = [
         path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()
@@ -61,26 +60,21 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
 
 def checksum(tuner: DiffPruningModel, adapter_name: str) -> int | None:
-    """Of all tensors of an adapter, whichever phase it is in, and of its heads: equal after saving and loading. None where
-    they are sharded: one process has no sum of all.
+    """The sum of the bytes, taken as integers, of all tensors of an adapter and its heads; None where they are sharded.
 
-    It is the sum of the tensors' bytes, taken as integers, which costs one pass over them where they are; of positions, that
-    of the decoded ones: their buffer follows the dtype of the file.
+    Saving and loading leave it as it is: of positions, which files encode by their dtype, the decoded ones count.
     """
     if any(is_sharded(parameter) for parameter in tuner.parameters()):
         return None
-    total = 0
-    for layer in tuner.all_layers():
-        for attribute in (*GATING_PARAMETERS, *GATING_BUFFERS):
-            tensors = getattr(layer, attribute)
-            if adapter_name in tensors:
-                total += sum(_sum(tensor) for _, tensor in tensors[adapter_name].items())
-        for diff in layer.sparse_diffs(adapter_name).values():
-            total += _sum(diff.positions) + _sum(diff.values)
+    tensors: list[Tensor] = []
+    if tuner.phase(adapter_name) == "gating":
+        tensors += [tensor for layer in tuner.all_layers() for _, tensor in layer.tensors(adapter_name)]
+    else:
+        tensors += [tensor for pair in tuner.get_diff(adapter_name).values() for tensor in pair]
     for module in tuner.model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
-            total += sum(_sum(tensor) for tensor in module.modules_to_save[adapter_name].state_dict().values())
-    return total % (1 << 53)  # whole numbers that JSON readers keep
+            tensors += module.modules_to_save[adapter_name].state_dict().values()
+    return sum(map(_sum, tensors)) % (1 << 53)  # integers that JSON readers keep
 
 
 def _sum(tensor: Tensor) -> int:
@@ -90,14 +84,50 @@ def _sum(tensor: Tensor) -> int:
 
 
 def settings(tuner: DiffPruningModel, adapter_name: str) -> dict[str, Any]:
-    """What decides where a run ends: the config, as JSON has it, and the fingerprint of the base model."""
+    """The config's fields that decide where a run ends, as JSON has them, and the fingerprint of the base model."""
     config = tuner.peft_config[adapter_name].to_dict()
     decisive = {name: config[name] for name in DECISIVE}
     for name, value in decisive.items():
         if isinstance(value, (set, frozenset)):
             decisive[name] = sorted(value)
-    told: dict[str, Any] = json.loads(json.dumps({"config": decisive, "base": config["base_fingerprint"]}))
-    return told
+    noted: dict[str, Any] = json.loads(json.dumps({"config": decisive, "base": config["base_fingerprint"]}))
+    return noted
+
+
+def saved_state(
+    state: TrainerState, callback: str, transition_step: int, arguments: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """What a checkpoint's `trainer_state.json` says of a callback's run.
+
+    Args:
+        state: the Trainer's, as loaded.
+        callback: name of the callback's class.
+        transition_step: this run's last step of gating.
+        arguments: arguments of the callback that must be the checkpoint's.
+
+    Raises:
+        ValueError: the checkpoint was made without the callback, or with others of these.
+    """
+    entry: Any = state.stateful_callbacks.get(callback)
+    if not isinstance(entry, dict) or "saved" not in entry:
+        raise ValueError(
+            f"the checkpoint of step {state.global_step} has no state of {callback}: it was made without it, or with two of "
+            "them; resume from one that was made with one, or begin a new run"
+        )
+    before = entry["attributes"]["transition_step"]
+    if before != transition_step:
+        raise ValueError(
+            f"the checkpoint was made with {before} gating steps, this run has {transition_step}; resume with "
+            f"gating_steps={before}"
+        )
+    for name, now in arguments.items():
+        if entry["args"].get(name) != now:
+            raise ValueError(
+                f"the checkpoint was made with {name}={entry['args'].get(name)}, this run has {now}; resume with the "
+                "checkpoint's, or begin a new run"
+            )
+    saved: Mapping[str, Any] = entry["saved"]
+    return saved
 
 
 def check(tuner: DiffPruningModel, adapter_name: str, saved: Mapping[str, Any]) -> None:

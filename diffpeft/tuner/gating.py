@@ -141,7 +141,7 @@ class GatingPhase(AdapterStateDict):
         sizes = [shape.numel() for layer in layers for shape in layer.shapes.values()]
         return sum(positions.packed_size(round(share * n), n) + 4 * round(share * n) for n in sizes)
 
-    def sparsification(self, adapter_name: str | None = None) -> float:
+    def density_progress(self, adapter_name: str | None = None) -> float:
         """How far gating has come, from 0 at a dense diff to 1 at `target_density`, in the logarithm of the density."""
         name = self.resolve(adapter_name)
         if not self.is_gated(name):

@@ -32,7 +32,7 @@ WARMUP = 0.1  # share of fixmask in which its learning rate rises
 def learning_rate(tuner: DiffPruningModel, step: int, gating_steps: int, steps: int) -> float:
     """The dense diff's rate, which becomes fixmask's as gates close; then a warm-up, and a straight line to zero."""
     if tuner.phase() == "gating":
-        return LEARNING_RATE * FACTOR ** tuner.sparsification()
+        return LEARNING_RATE * FACTOR ** tuner.density_progress()
     done = (step - gating_steps) / (steps - gating_steps)
     return LEARNING_RATE * FACTOR * min((done + 1 / steps) / WARMUP, 1.0, (1 - done) / (1 - WARMUP))
 

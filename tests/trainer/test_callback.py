@@ -79,7 +79,7 @@ def test_learning_rate_goes_over_to_fixmasks_as_gates_close(tiny_bert, tmp_path,
         """After DiffPruningCallback: the rate of the update; at its end, what the scheduler is left with."""
 
         def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-            used.append((optimizer.param_groups[0]["lr"], model.base_model.sparsification()))
+            used.append((optimizer.param_groups[0]["lr"], model.base_model.density_progress()))
 
         def on_step_end(self, args, state, control, lr_scheduler=None, optimizer=None, **kwargs):
             scheduled.append(lr_scheduler.get_last_lr()[0])
@@ -378,7 +378,7 @@ def test_the_low_memory_mode_updates_at_the_rate_of_the_optimizer_as_the_step_be
 
     class Note(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-            progress = model.base_model.sparsification()
+            progress = model.base_model.density_progress()
             wanted.append(optimizer.param_groups[0]["lr"] * 20**progress)
 
     monkeypatch.setattr(DiffMoments, "step", note)
@@ -400,7 +400,7 @@ def test_the_low_memory_mode_says_what_a_gradient_that_is_not_finite_has_left(le
     w = next(p for name, p in trainer.model.named_parameters() if "query.diffpruning_w.default.weight" in name)
     w.register_hook(lambda grad: grad * math.nan)
     with pytest.raises(
-        FloatingPointError, match="step 1 are NaN or infinite; but for diffs that low_memory=True had"
+        FloatingPointError, match="step 1 are NaN or infinite; except for diffs that low_memory=True had"
     ):
         trainer.train()
     assert not w.any()
