@@ -4,8 +4,8 @@ The main path: [`DiffPruningConfig`] says what to learn, `peft.get_peft_model` b
 [`DiffPruningLayer`]s around a frozen base model, and [`DiffPruningCallback`] takes the stock Trainer through the three
 phases: gating, magnitude pruning, fixmask.
 
-To read the code, begin with `config`, `model` and `layer/layer`; then `gates/hard_concrete` for gating or `sparse/functions`
-for fixmask; then `trainer/callback` for the three phases.
+To read the code, begin with `config`, `model` and `layer/layer`; then `gates/hard_concrete` for gating or
+`sparse/functions` for fixmask; then `trainer/callback` for the three phases.
 """
 
 from importlib import import_module

@@ -27,26 +27,26 @@ logger = logging.getLogger(__name__)
 class DiffPruningCallback(TrainerCallback, ExportableState):
     """Gating, then magnitude pruning, then fixmask, in one `trainer.train()`.
 
-    A run that is resumed from the checkpoint that [`diffpeft.last_checkpoint`] names ends bit for bit where the unbroken one
-    does. A run that is stopped in gating is pruned where it stops.
+    A run that is resumed from the checkpoint that [`diffpeft.last_checkpoint`] names ends bit for bit where the
+    unbroken one does. A run that is stopped in gating is pruned where it stops.
 
     Args:
         gating_ratio: gating's share of the run's steps, in (0, 1].
         gating_steps: gating's length in optimizer steps, instead of a share. 0 only trains an adapter that is pruned.
         fixmask_learning_rate: learning rate that fixmask starts with; from there it follows what is left of the
             schedule. None: `FIXMASK_FACTOR` times the run's `learning_rate`.
-        fixmask_warmup_steps: over how many of its first steps fixmask's learning rate rises to that, in equal parts; below
-            1 a share of fixmask.
+        fixmask_warmup_steps: steps over which fixmask's learning rate rises to that, in equal parts; below 1 a share of
+            fixmask.
 
     Raises:
-        ValueError: when training begins, if the model has no diff-pruning adapter, gating is longer than the run, or the
-            checkpoint that training resumes from is damaged or of another run: its config, base or length of gating.
-        FloatingPointError: gradients are NaN or infinite. The model is as it was before the update, except for diffs that
-            `low_memory=True` had updated by then.
+        ValueError: when training begins, if the model has no diff-pruning adapter, gating is longer than the run, or
+            the checkpoint that training resumes from is damaged or of another run: its config, base or gating steps.
+        FloatingPointError: gradients are NaN or infinite. The model is as it was before the update, except for diffs
+            that `low_memory=True` had updated by then.
     """
 
     FIXMASK_FACTOR = 10.0
-    """A sparse diff bears, and needs, a larger learning rate than the whole network; the reference has a factor of 5."""
+    """A sparse diff bears, and needs, a larger learning rate than the whole network; the reference uses 5."""
 
     MAX_SKIPPED = 64
     """Updates in a row that fp16's gradient scaler may skip: it halves its scale each time, from 2^16."""
@@ -80,13 +80,9 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         self._ddp = DDPFinder()
 
     def state(self) -> dict[str, Any]:
-        """The callback's part of a checkpoint's trainer_state.json; the Trainer asks for it once the adapter is saved."""
-        arguments = {
-            "gating_ratio": self.gating_ratio,
-            "gating_steps": self.gating_steps,
-            "fixmask_learning_rate": self.fixmask_learning_rate,
-            "fixmask_warmup_steps": self.fixmask_warmup_steps,
-        }
+        """The callback's part of a checkpoint's trainer_state.json, asked for when the adapter is saved."""
+        names = ("gating_ratio", "gating_steps", "fixmask_learning_rate", "fixmask_warmup_steps")
+        arguments = {name: getattr(self, name) for name in names}
         state = {"args": arguments, "attributes": {"transition_step": self.transition_step}}
         if self._tuner is None or self._rates is None:
             return state
@@ -108,14 +104,19 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         tuner = DiffPruningModel.of(model)
         if tuner is None:
             raise ValueError(
-                f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}); wrap it first: "
-                "model = get_peft_model(model, DiffPruningConfig())"
+                f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}); wrap it "
+                "first: model = get_peft_model(model, DiffPruningConfig())"
             )
         check_launch(args, tuner.phase() == "gating", self.fixmask_warmup_steps, _is_low_memory(tuner))
         self.transition_step = self._gating_steps(state)
         self._skipped = 0
         name = tuner.resolve(None)
-        factors = self._resume(tuner, name, state) if state.global_step else []
+        factors: list[float] = []
+        if state.global_step:
+            arguments = {key: getattr(self, key) for key in ("fixmask_learning_rate", "fixmask_warmup_steps")}
+            saved = resume.saved_state(state, type(self).__name__, self.transition_step, arguments)
+            resume.check(tuner, name, saved)
+            factors = saved["fixmask_factors"]
         gating = tuner.phase() == "gating"
         if gating and state.global_step >= self.transition_step:
             raise ValueError(
@@ -124,21 +125,16 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             )
         if not gating and state.global_step < self.transition_step:
             raise ValueError(
-                f"the adapter is pruned already, but gating lasts until step {self.transition_step}; to go on in fixmask use "
-                "DiffPruningCallback(gating_steps=0)"
+                f"the adapter is pruned already, but gating lasts until step {self.transition_step}; to go on in "
+                "fixmask use DiffPruningCallback(gating_steps=0)"
             )
         if not args.learning_rate > 0:
             raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
         if _is_low_memory(tuner):
             self._in_backward = tuner.update_in_backward(kwargs["optimizer"])
-        self._rates = RateSchedule(
-            args.learning_rate,
-            self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate,
-            self.transition_step,
-            state.max_steps,
-            self.fixmask_warmup_steps,
-            factors,
-        )
+        rate = self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate
+        warmup = self.fixmask_warmup_steps
+        self._rates = RateSchedule(args.learning_rate, rate, self.transition_step, state.max_steps, warmup, factors)
         self._tuner, self._settings = tuner, resume.settings(tuner, name)
         self._ddp.watch(model)
 
@@ -152,15 +148,6 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 "num_train_epochs or max_steps"
             )
         return steps
-
-    def _resume(self, tuner: DiffPruningModel, adapter_name: str, state: TrainerState) -> list[float]:
-        """Raise ValueError unless the checkpoint is one of this run; return fixmask's learning-rate factors from it."""
-        names = ("fixmask_learning_rate", "fixmask_warmup_steps")
-        arguments = {name: getattr(self, name) for name in names}
-        saved = resume.saved_state(state, type(self).__name__, self.transition_step, arguments)
-        resume.check(tuner, adapter_name, saved)
-        factors: list[float] = saved["fixmask_factors"]
-        return factors
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -191,14 +178,12 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
     def _check_finite(self, finite: bool, args: TrainingArguments, state: TrainerState) -> None:
         self._skipped = 0 if finite else self._skipped + 1
         if not finite and (not args.fp16 or self._skipped > self.MAX_SKIPPED):
-            before = (
-                "except for diffs that low_memory=True had updated by then, " if self._in_backward is not None else ""
-            )
+            ahead = "except for diffs that low_memory=True had updated by then, " if self._in_backward else ""
             raise FloatingPointError(
                 f"the gradients of step {state.global_step + 1} are NaN or infinite"
-                f"{f', for the {self._skipped}th time in a row' if args.fp16 else ''}; {before}the model is as it was before "
-                "this update. Look at the loss and the data of this step, lower the learning rate, and resume from the last "
-                "checkpoint"
+                f"{f', for the {self._skipped}th time in a row' if args.fp16 else ''}; {ahead}the model is as it was "
+                "before this update. Look at the loss and the data of this step, lower the learning rate, and resume "
+                "from the last checkpoint"
             )
 
     def on_optimizer_step(
@@ -209,12 +194,12 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             self._rates.restore(kwargs["optimizer"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """At the end of gating prune, before the step's evaluation and checkpoint."""
+        """Prune at the end of gating, before the step's evaluation and checkpoint."""
         tuner, rates = self._tuner, self._rates
         if tuner is None or rates is None or state.global_step > self.transition_step:
             return
-        # In gating a metric says little about the diff that will be: it must not choose the best checkpoint, which would
-        # be dense, nor stop training early, nor lower the learning rate.
+        # A metric in gating says little about the pruned diff: it must not choose the best checkpoint, which would be
+        # dense, nor stop training early, nor lower the learning rate.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         scheduler = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])  # without Accelerate's wrapper
         if isinstance(scheduler, ReduceLROnPlateau):
@@ -226,7 +211,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         rates.begin_fixmask(kwargs["optimizer"])
         self._ddp.rebuild()
         if state.is_world_process_zero:
-            _show(f"step {state.global_step}: {summary}", args)
+            show = logger.info if args.disable_tqdm else tqdm.write
+            show(f"step {state.global_step}: {summary}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -240,8 +226,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         if tuner is not None and tuner.phase() == "gating":
             warnings.warn(
                 f"training was stopped at step {state.global_step}, in gating, which lasts until step "
-                f"{self.transition_step}: the diff is pruned as it is and has no fixmask. To go on instead, resume from the "
-                "last checkpoint",
+                f"{self.transition_step}: the diff is pruned as it is and has no fixmask. To go on instead, resume "
+                "from the last checkpoint",
                 stacklevel=2,
             )
             tuner.magnitude_prune()
@@ -262,11 +248,3 @@ def _density_progress(tuner: DiffPruningModel) -> float:
     """How far the density has fallen, for the learning rate: 0 where gates do not close by the automatic penalty."""
     automatic = tuner.is_gated() and tuner.peft_config[tuner.active_adapters[0]].l0_lambda == "auto"
     return tuner.density_progress() if automatic else 0.0
-
-
-def _show(line: str, args: TrainingArguments) -> None:
-    """Write a line as the Trainer writes its log entries: above the progress bar, or through logging without one."""
-    if args.disable_tqdm:
-        logger.info(line)
-    else:
-        tqdm.write(line)

@@ -1,4 +1,4 @@
-"""DistributedDataParallel around a model whose parameters are replaced: without a new reducer, ranks would drift apart."""
+"""DistributedDataParallel around a model whose parameters are replaced: its reducer must be made again for them."""
 
 from typing import Any
 

@@ -1,7 +1,7 @@
 """Checks of how the Trainer was launched (docs/distributed.md): FSDP, DeepSpeed, DataParallel, fp16.
 
-The k values of a pruned adapter are ordinary parameters, whatever shards them. Gating is different: gates move by a rule that
-looks at all of them, and pruning replaces parameters; a process with pieces of the model can do neither.
+The k values of a pruned adapter are ordinary parameters, whatever shards them. Gating is different: gates move by a
+rule that looks at all of them, and pruning replaces parameters; a process with pieces of the model can do neither.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import torch
 class RateSchedule:
     """Multiplies the learning rates of an optimizer's groups for one update, and restores them after it.
 
-    In gating the factor goes from 1 to `fixmask_rate / learning_rate` as the density falls: the fewer parameters carry the
-    task, the farther each has to move. In fixmask each group has a factor of its own, such that the first update is at
-    `fixmask_rate`; the rate then follows what is left of the schedule.
+    In gating the factor goes from 1 to `fixmask_rate / learning_rate` as the density falls: the fewer parameters carry
+    the task, the farther each has to move. In fixmask each group has a factor of its own, such that the first update is
+    at `fixmask_rate`; the rate then follows what is left of the schedule.
 
     Args:
         learning_rate: the run's, above 0.

@@ -1,4 +1,4 @@
-"""Entries of the Trainer's logs: phase, expected density and nonzeros of the adapter, and the learning rate that was used."""
+"""Entries of the Trainer's logs: phase, expected density, nonzeros, and the learning rate that was used."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ class DiffPruningLogCallback(TrainerCallback):
 def install() -> None:
     """Register the log entries with all Trainers that are made from now on. Idempotent.
 
-    Default callbacks come before the reporters and these before a user's callbacks, whose entries tensorboard and its like
-    never see.
+    Default callbacks come before the reporters, and these before a user's callbacks, whose entries reporters never see.
     """
     if DiffPruningLogCallback not in trainer.DEFAULT_CALLBACKS:
         trainer.DEFAULT_CALLBACKS.append(DiffPruningLogCallback)

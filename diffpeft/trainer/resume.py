@@ -43,8 +43,8 @@ DECISIVE = (
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The latest checkpoint of a Trainer's `output_dir` that was written to its end; None if there is none.
 
-    transformers' `get_last_checkpoint`, and `resume_from_checkpoint=True`, take the one with the highest number, though a kill
-    may have left it half written. The Trainer writes its state last, so a checkpoint with a complete one is complete.
+    transformers' `get_last_checkpoint`, and `resume_from_checkpoint=True`, take the one with the highest number, though a
+    kill may have left it half written. The Trainer writes its state last, so a checkpoint that has it is complete.
     """
     found = [
         path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()
@@ -111,8 +111,8 @@ def saved_state(
     entry: Any = state.stateful_callbacks.get(callback)
     if not isinstance(entry, dict) or "saved" not in entry:
         raise ValueError(
-            f"the checkpoint of step {state.global_step} has no state of {callback}: it was made without it, or with two of "
-            "them; resume from one that was made with one, or begin a new run"
+            f"the checkpoint of step {state.global_step} has no state of {callback}: it was made without it, or with "
+            "two of them; resume from one that was made with one, or begin a new run"
         )
     before = entry["attributes"]["transition_step"]
     if before != transition_step:
@@ -142,8 +142,8 @@ def check(tuner: DiffPruningModel, adapter_name: str, saved: Mapping[str, Any]) 
     for name, before in saved["config"].items():
         if now["config"].get(name) != before:
             raise ValueError(
-                f"the checkpoint was made with {name}={before!r}, this run has {now['config'].get(name)!r}; resume with "
-                f"the checkpoint's, or begin a new run"
+                f"the checkpoint was made with {name}={before!r}, this run has {now['config'].get(name)!r}; resume "
+                "with the checkpoint's, or begin a new run"
             )
     whole = not any(is_sharded(parameter) for parameter in tuner.parameters())
     if whole:

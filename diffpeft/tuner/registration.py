@@ -1,5 +1,7 @@
-"""Make PEFT know the tuner: entries in its mappings, and weights of ours that it saves are staged for their config rather than
-written over the old ones."""
+"""Make PEFT know the tuner: entries in its mappings, and its way to save weights.
+
+Weights of ours are staged for their config rather than written over the old ones.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -50,7 +50,7 @@ def process_group(tmp_path):
 
 
 def test_two_processes_train_shards_as_they_train_replicas_and_resume_exactly(tmp_path):
-    """The benchmark trains, compares and resumes; it exits with an error where a run did not resume with the same bits."""
+    """The benchmark trains, compares and resumes; it fails where a run did not resume with the same bits."""
     script = ROOT / "examples" / "benchmarks" / "robustness" / "sharding.py"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
