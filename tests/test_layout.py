@@ -20,6 +20,8 @@ LOWER = {
     "tools": ["model", "tuner", "layer", "config", "files", "sparse"],
 }
 """What each entry at the top may import beside itself; the package's `__init__` may import all."""
+FOREIGN = {"_active_adapter", "_buffers", "_disable_adapters", "_parameters"}
+"""Attributes of torch's and PEFT's classes that classes of ours set too."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_POSITIONAL, MAX_FLOORS = 300, 60, 6, 12
 
 
@@ -48,7 +50,7 @@ def test_imports_point_down():
                 wrong.add(f"{name} imports {file}")
             if attribute and Path(file).name == "__init__.py":
                 wrong.add(f"{name} imports {attribute} through {file}")
-    assert wrong - ALLOWED_IMPORTS == set()
+    assert sorted(wrong - ALLOWED_IMPORTS) == []
     entries = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}
     assert entries - LOWER.keys() - {"__init__", "__pycache__", "py.typed"} - ALLOWED_ENTRIES == set()
 
@@ -68,7 +70,7 @@ def test_files_and_functions_are_short():
             given = {one.arg for one in node.args.posonlyargs + node.args.args} - {"self", "cls", "ctx"}
             if node.end_lineno - node.lineno >= MAX_FUNCTION_LINES or len(given) > MAX_POSITIONAL:
                 wrong.add(f"{name}:{node.name}")
-    assert wrong - ALLOWED_LENGTHS == set()
+    assert sorted(wrong - ALLOWED_LENGTHS) == []
 
 
 def test_underscored_names_stay_in_their_file_and_modules_in_their_folder():
@@ -86,18 +88,54 @@ def test_underscored_names_stay_in_their_file_and_modules_in_their_folder():
             elif isinstance(node, ast.Attribute):
                 own = isinstance(node.ctx, ast.Store) and getattr(node.value, "id", "") == "self"
                 (members if own else used).setdefault(node.attr, set()).add(name)
-    for word in filter(is_private, members):
+    for word in filter(is_private, members.keys() - FOREIGN):
         wrong |= {f"{name}:{word}" for name in used.get(word, set()) - members[word]}
-    assert wrong - ALLOWED_UNDERSCORES == set()
+    assert sorted(wrong - ALLOWED_UNDERSCORES) == []
 
 
 def is_private(name):
     return name.startswith("_") and not name.startswith("__")
 
 
-# Not yet as the rules want it; to be empty in the end.
-ALLOWED_IMPORTS = set()
-ALLOWED_ENTRIES = set()
-ALLOWED_LENGTHS = set()
+# What the rules do not hold for yet; each is to be empty, and the number of floors 0, in the end.
+ALLOWED_ENTRIES = {"peft_type"}
+ALLOWED_FLOORS = 17
+ALLOWED_IMPORTS = {
+    "config.py imports peft_type.py",
+    "files/adapter.py imports config.py",
+    "files/adapter.py imports layer/layer.py",
+    "files/adapter.py imports layer/tensors.py",
+    "files/adapter.py imports peft_type.py",
+    "files/checkpoint.py imports tuner/head.py",
+    "tools/cli.py imports to_checkpoint through tools/export/__init__.py",
+    "tools/cli.py imports to_coo through tools/export/__init__.py",
+    "tools/cli.py imports to_super_tuning through tools/export/__init__.py",
+    "tuner/registration.py imports peft_type.py",
+}
+ALLOWED_LENGTHS = {
+    "gates/functions.py:forward",
+    "gates/functions.py:sampled_embedding",
+    "gates/functions.py:sampled_linear",
+    "gates/hard_concrete.py:forward",
+    "gates/hard_concrete.py:gated_parameter",
+    "gates/kernels.py:_adam",
+    "gates/kernels.py:_effective",
+    "gates/kernels.py:_gradients",
+    "gates/kernels.py:adam_",
+    "gates/kernels.py:automatic_",
+    "gates/kernels.py:effective",
+    "gates/kernels.py:gradients",
+    "gates/update/low_memory.py:_move",
+    "gates/update/rules.py:automatic_step",
+    "gates/update/rules.py:fixed_lambda_step",
+    "layer/layer.py",
+    "layer/tensors.py",
+    "tools/cli.py",
+    "tools/cli.py:combine",
+    "tools/export/peft.py:to_super_tuning",
+    "tools/extract.py:extract_diff",
+    "tuner/base.py",
+    "tuner/base.py:_create_and_replace",
+    "tuner/gating.py:gate_step",
+}
 ALLOWED_UNDERSCORES = set()
-ALLOWED_FLOORS = 0

@@ -1,8 +1,15 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from trainers import Rows, arguments, make_trainer
 from transformers import Trainer, trainer
 
 from diffpeft.trainer import logs
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_reporters_get_the_adapters_state(tiny_bert, tmp_path, monkeypatch):
@@ -34,3 +41,19 @@ def test_installing_again_changes_nothing():
     logs.install()
     assert trainer.DEFAULT_CALLBACKS.count(logs.DiffPruningLogCallback) == 1
     assert trainer.DEFAULT_PROGRESS_CALLBACK is trainer.ProgressCallback, "the progress bar is transformers' own"
+
+
+def test_the_trainer_is_imported_when_a_name_first_needs_it():
+    script = """
+import sys, diffpeft
+assert "transformers.trainer" not in sys.modules and "diffpeft.tools.extract" not in sys.modules
+from diffpeft import DiffPruningCallback
+from transformers import trainer
+assert [callback.__name__ for callback in trainer.DEFAULT_CALLBACKS][-1] == "DiffPruningLogCallback"
+assert dir(diffpeft) == sorted(diffpeft.__all__) and all(hasattr(diffpeft, name) for name in diffpeft.__all__)
+assert not hasattr(diffpeft, "no_such_name")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
