@@ -1,15 +1,16 @@
-"""Chains of elementwise operations through torch.compile, which makes one loop of each: C++ on a CPU, Triton on a GPU.
+"""Chains of elementwise operations, each compiled into one loop: C++ on a CPU, Triton on a GPU.
 
-torch.compile looks at every call for what could make other code necessary, which takes longer than a small loop, above all where
-a matrix product has just emptied the caches. So what it made is kept by the arguments' dtypes, shapes and constants, and called
-without asking again where these are known. Without a compiler a warning says so, once, and all runs eagerly.
+torch.compile looks at every call for what could make other code necessary, which takes longer than a small loop, above
+all where a matrix product has just emptied the caches. So what it made is kept by the arguments' dtypes, shapes and
+constants, and called without asking again where these are known. Without a compiler a warning says so, once, and all
+runs eagerly, on a CPU in chunks that stay in its cache.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,49 +19,69 @@ from torch._dynamo import lookup_backend
 
 logger = logging.getLogger(__name__)
 
-WORTH_THREADS = 1 << 15
+CHUNK_ELEMENTS = 1 << 17
+"""Elements worked on at a time on a CPU, so that a chain of elementwise operations stays in its cache."""
+GPU_CHUNK_ELEMENTS = 1 << 24
+"""Elements worked on at a time on a GPU where all would take too much memory."""
+MIN_COMPILED_GATES = 1 << 20
+"""Gates of an adapter from which on a compiler's time pays."""
+MIN_PARALLEL_ELEMENTS = 1 << 15
 """Elements from which on several threads are faster than one."""
-LONG = 1000
+MAX_CHAIN_OPERATIONS = 1000
 """More operations than any chain has. A compiler that splits one needs memory for what lies between the parts."""
-MOST_LAUNCHES = 1 << 12
-"""Kept of one chain: more than there are shapes in any model."""
+MAX_LAUNCHES = 1 << 12
+"""Launches kept of one chain: more than there are shapes in any model."""
 
 broken: list[BaseException] = []
 """Why nothing is compiled in this process any more."""
 
-
 _Seen = tuple[Callable[..., Any], Sequence[Any]]
 
 
+def split_flat(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A tensor, flat and without gradient, in chunks that are worked on at a time; views if it is contiguous."""
+    elements = CHUNK_ELEMENTS if tensor.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    return torch.split(tensor.detach().reshape(-1), elements)
+
+
+def _leaves(arguments: Sequence[Any]) -> Iterator[Any]:
+    """The arguments, each tuple's members in its place."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from argument
+        else:
+            yield argument
+
+
 class _Launch(NamedTuple):
-    """What was compiled, for arguments like some that were there before."""
+    """A compiled loop, for arguments like some that were there before."""
 
     run: Callable[..., Sequence[Tensor]]
     inputs: tuple[tuple[bool, Any], ...]
-    """Of each input: whether it is an argument, and which; or which number."""
+    """For each input: whether it is an argument, and which; or which number."""
 
-    def __call__(self, arguments: Sequence[Any]) -> Any:
-        made = self.run(*(arguments[value] if given else value for given, value in self.inputs))
-        return made[0] if made else None
+    def __call__(self, leaves: Sequence[Any]) -> Any:
+        results = self.run(*(leaves[value] if given else value for given, value in self.inputs))
+        return results[0] if results else None
 
 
 def _is_number(value: Any) -> bool:
-    """Whether torch.compile has made an input of a size or of another number, as it does where it has seen several."""
+    """Whether an input is a size or another number, which torch.compile passes where it has seen several."""
     return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
 
 
-class _Compiled:
+class CompiledChain:
     """A chain, compiled for a number of threads.
 
-    The size that comes first would decide whether a loop is parallel, and the compiler's cache on disk does not know for how many
-    threads: so the number is said, and small tensors have a loop of their own.
+    The size that comes first would decide whether a loop is parallel, and the compiler's cache on disk does not know for
+    how many threads: so the number is said, and small tensors have a loop of their own.
     """
 
     def __init__(self, chain: Callable[..., Any], threads: int) -> None:
         self._options = {
             "cpp.threads": threads,
-            "realize_reads_threshold": LONG,
-            "realize_opcount_threshold": LONG,
+            "realize_reads_threshold": MAX_CHAIN_OPERATIONS,
+            "realize_opcount_threshold": MAX_CHAIN_OPERATIONS,
         }
         self._checked = torch.compile(chain, backend=self._compile)
         self._marked = False
@@ -68,7 +89,7 @@ class _Compiled:
         self._launches: dict[Any, _Launch] = {}
 
     def _compile(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        """torch.compile's backend."""
+        """Compile a graph (torch.compile's backend) into a function that notes what it ran with."""
         inductor: Any = lookup_backend("inductor")
         run = inductor(graph, examples, config_patches=self._options)
 
@@ -78,27 +99,28 @@ class _Compiled:
 
         return noting
 
-    def __call__(self, arguments: Sequence[Any], again: bool) -> Any:
-        """What the chain returns; arguments of these shapes will come `again`, or may not."""
-        if not again:
-            return self._check(arguments)[0]
-        key = tuple([(a.dtype, a.shape, a.device) if isinstance(a, Tensor) else a for a in arguments])
+    def __call__(self, arguments: Sequence[Any], keep: bool) -> Any:
+        """The chain's result; `keep` what was compiled for when such shapes come again."""
+        leaves = list(_leaves(arguments))
+        if not keep:
+            return self.check(arguments, leaves)[0]
+        key = tuple([(a.dtype, a.shape, a.device) if isinstance(a, Tensor) else a for a in leaves])
         launch = self._launches.get(key)
         if launch is not None:
-            return launch(arguments)
-        result, seen = self._check(arguments)
-        if seen is not None and len(self._launches) < MOST_LAUNCHES:
+            return launch(leaves)
+        result, seen = self.check(arguments, leaves)
+        if seen is not None and len(self._launches) < MAX_LAUNCHES:
             run, inputs = seen
-            places = {id(argument): place for place, argument in enumerate(arguments)}
-            told = [(True, places[id(x)]) if id(x) in places else (False, x) for x in inputs]
-            if all(given or _is_number(value) for given, value in told):
-                self._launches[key] = _Launch(run, tuple(told))
+            index_of = {id(leaf): index for index, leaf in enumerate(leaves)}
+            known = [(True, index_of[id(x)]) if id(x) in index_of else (False, x) for x in inputs]
+            if all(given or _is_number(value) for given, value in known):
+                self._launches[key] = _Launch(run, tuple(known))
         return result
 
-    def _check(self, arguments: Sequence[Any]) -> tuple[Any, _Seen | None]:
-        """What the chain returns, and what ran with which inputs, if it was compiled."""
+    def check(self, arguments: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, _Seen | None]:
+        """The chain's result by torch.compile, and what ran with which inputs, if it was compiled."""
         if not self._marked:  # sizes vary; all else, like the stretch, goes into the code as constants
-            for tensor in arguments:
+            for tensor in leaves:
                 if isinstance(tensor, Tensor):
                     torch._dynamo.mark_dynamic(tensor, [d for d, size in enumerate(tensor.shape) if size > 8])
             self._marked = True
@@ -107,26 +129,28 @@ class _Compiled:
         return result, seen
 
 
-compiled = functools.cache(_Compiled)
+compiled = functools.cache(CompiledChain)
 
 
-def compile_and_run(chain: Callable[..., Any], *arguments: Any, again: bool = True) -> tuple[bool, Any]:
+def compile_and_run(chain: Callable[..., Any], *arguments: Any, keep: bool = True) -> tuple[bool, Any]:
     """Whether there is a compiler, and what the chain returns then, None or a tensor.
 
     Args:
-        chain: a function of tensors and constants.
-        arguments: contiguous tensors that need no gradient, and constants. The size of the first one decides on threads.
-        again: whether tensors of the same shapes will come again.
+        chain: a function of tensors, tuples of tensors, and constants.
+        arguments: contiguous tensors that need no gradient, and constants. The first one's size decides on threads.
+        keep: whether tensors of the same shapes will come again.
     """
     if broken:
         return False, None
     try:
-        threads = torch.get_num_threads() if arguments[0].numel() >= WORTH_THREADS else 1
-        return True, compiled(chain, threads)(arguments, again)
+        first: Tensor = next(_leaves(arguments))
+        threads = torch.get_num_threads() if first.numel() >= MIN_PARALLEL_ELEMENTS else 1
+        return True, compiled(chain, threads)(arguments, keep)
     except torch.OutOfMemoryError:
         raise
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError, OSError, ImportError) as error:
-        # A chain fails when it is compiled, before it has written anything. What is wrong with its arguments shows in eager mode.
+        # A chain fails when it is compiled, before it has written anything. What is wrong with its arguments shows in
+        # eager mode.
         broken.append(error)
         logger.warning(
             "gates and diffs run eagerly, which is slower: torch.compile fails with %s: %s. It takes a C++ compiler and "
@@ -135,3 +159,44 @@ def compile_and_run(chain: Callable[..., Any], *arguments: Any, again: bool = Tr
             str(error).strip().partition("\n")[0],
         )
         return False, None
+
+
+def run(
+    chain: Callable[..., Any], tensors: Sequence[Tensor], *settings: Any, fused: bool = False, whole: bool = False
+) -> Any:
+    """Run a chain on tensors of one shape; what it returns is added up.
+
+    Args:
+        chain: takes chunks of the tensors as a tuple, the position of the first element, and the settings.
+        tensors: without gradient; the chain may write to them.
+        settings: tensors, tuples of tensors and constants, all hashable.
+        fused: whether to compile.
+        whole: whether the chain is to see the tensors in their shape, and shapes will not come again.
+    """
+    tensors = tuple(tensor.detach() for tensor in tensors)
+    if torch.compiler.is_compiling():
+        return chain(tensors, 0, *settings)
+    flat = all(tensor.is_contiguous() for tensor in tensors)
+    if flat and not whole:
+        tensors = tuple(tensor.view(-1) for tensor in tensors)
+    if fused and flat and tensors[0].numel() > 1:
+        done, result = compile_and_run(chain, tensors, 0, *settings, keep=not whole)
+        if done:
+            return result
+    if not flat or whole or tensors[0].device.type != "cpu" or tensors[0].numel() <= CHUNK_ELEMENTS:
+        return chain(tensors, 0, *settings)
+    results, start = [], 0
+    for chunks in zip(*(torch.split(tensor, CHUNK_ELEMENTS) for tensor in tensors), strict=True):
+        results.append(chain(chunks, start, *settings))
+        start += chunks[0].numel()
+    return None if results[0] is None else torch.stack(results).sum()
+
+
+def elementwise(chain: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a chain, which is written for chunks, a function of whole tensors: [`run`] without its first argument."""
+
+    @functools.wraps(chain)
+    def launch(tensors: Sequence[Tensor], *settings: Any, fused: bool = False, whole: bool = False) -> Any:
+        return run(chain, tensors, *settings, fused=fused, whole=whole)
+
+    return launch

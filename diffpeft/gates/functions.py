@@ -1,7 +1,8 @@
 """Parameters under sampled gates, and linear layers and embeddings that use them without keeping them.
 
-The effective parameter is made for a forward pass, let go of, and made again for the backward pass, from the seed of its noise:
-between the two only the module's input is kept. Weights of linear layers may stay in memory that every pass uses again. [`diffpeft.gates.hard_concrete.gated_parameter`] is the plain form, with noise that is given.
+The effective parameter is made for a forward pass, let go of, and made again for the backward pass, from the seed of
+its noise: between the two only the module's input is kept. Weights of linear layers may stay in memory that every pass
+uses again. [`diffpeft.gates.hard_concrete.gated_parameter`] is the plain form, with noise that is given.
 """
 
 from __future__ import annotations
@@ -16,12 +17,29 @@ from torch.nn import functional
 
 from diffpeft.gates import kernels
 from diffpeft.gates.hard_concrete import Stretch, stretch_and_clamp
-from diffpeft.gates.noise import parts, uniform, uniform_at
-from diffpeft.gates.workspace import Scratch
+from diffpeft.gates.kernels import Draw
+from diffpeft.gates.noise import seed_words, uniform, uniform_scalar
+from diffpeft.gates.workspace import Workspace
 from diffpeft.sparse.linear import compute_dtype, embedding_gradient
 
+Accumulate = Callable[[Tensor, Tensor | None], None]
+"""Takes a gradient of log_alpha, fp32, and which rows it is; None: all of them."""
 
-class Sample(NamedTuple):
+
+class GatedTensors(NamedTuple):
+    """The tensors that one effective parameter is made of."""
+
+    base: Tensor
+    """The frozen pretrained parameter theta, any shape and floating dtype."""
+    w: Tensor
+    """The dense diff, fp32, shape of `base`."""
+    log_alpha: Tensor
+    """Of the element gates, fp32 or fp16, shape of `base`."""
+    group_log_alpha: Tensor | None
+    """Of the group gate, fp32, shape (1,); None without structure."""
+
+
+class GateSample(NamedTuple):
     """How the gates of one parameter are sampled."""
 
     seed: Tensor
@@ -29,95 +47,93 @@ class Sample(NamedTuple):
     stretch: Stretch
     fused: bool
     """Whether chains of elementwise operations are compiled."""
-    scratch: Scratch
+    workspace: Workspace
     """For effective weights of linear layers."""
-    fold: Callable[[Tensor, Tensor | None], None] | None = None
-    """Takes the gradient of the elements' locations, and of which rows it is (None: of all), in place of autograd."""
-    keep: Hashable = None
-    """What the memory is known by in which the effective weight of a linear layer stays until the backward pass; None: it is
-    made again."""
+    accumulate: Accumulate | None = None
+    """Takes the gradient of the elements' log_alpha in place of autograd."""
+    reserve_as: Hashable = None
+    """Use of the memory in which a linear layer's effective weight stays until backward; None: it is made again."""
 
 
 class _Gates:
     """The gates of one parameter in one forward pass, and what its backward needs of it."""
 
-    def __init__(self, ctx: Any, sample: Sample, w: Tensor, group_log_alpha: Tensor | None) -> None:
-        self.sample, self.seed = sample, parts(sample.seed, w.device)
+    def __init__(self, ctx: Any, sample: GateSample, w: Tensor, group_log_alpha: Tensor | None) -> None:
+        self.sample, seed = sample, seed_words(sample.seed, w.device)
         self.group_s: Tensor | None = None
-        self.claim: object | None = None
-        if group_log_alpha is None:
-            self.whole = w.new_ones(())
-        else:
-            self.group_s = torch.sigmoid(group_log_alpha + self._group_noise(w.numel()).logit())
-            self.whole = stretch_and_clamp(self.group_s, sample.stretch).reshape(())
+        self.reservation: object | None = None
+        group_gate = w.new_ones(())
+        if group_log_alpha is not None:
+            self.group_s = torch.sigmoid(group_log_alpha + self._group_noise(seed, w.numel()).logit())
+            group_gate = stretch_and_clamp(self.group_s, sample.stretch).reshape(())
+        self.draw = Draw(seed, group_gate, sample.stretch)
         ctx.gates = self
 
-    def _group_noise(self, place: int) -> Tensor:
+    def _group_noise(self, seed: Tensor, position: int) -> Tensor:
         """The noise of the group's gate, which stands behind the elements'."""
         if torch.compiler.is_compiling():
-            return uniform(self.seed, torch.full((), place, dtype=torch.int32, device=self.seed.device))
-        return uniform_at(self.sample.seed, place)
+            return uniform(seed, torch.full((), position, dtype=torch.int32, device=seed.device))
+        return uniform_scalar(self.sample.seed, position)
 
     def effective(self, out: Tensor, base: Tensor, w: Tensor, log_alpha: Tensor, rows: Tensor | None = None) -> Tensor:
         """The effective parameter, or some rows of it, in `out`."""
-        stretch, fused = self.sample.stretch, self.sample.fused
-        kernels.effective(out, base, w, log_alpha, self.whole, self.seed, stretch, rows, fused)
+        draw = self.draw._replace(rows=rows)
+        kernels.effective((out, base, w, log_alpha), draw, fused=self.sample.fused, whole=rows is not None)
         return out
 
-    def passing(self, base: Tensor, w: Tensor, log_alpha: Tensor, dtype: torch.dtype, keep: bool = False) -> Tensor:
-        """The effective parameter in memory that the next one takes, or that is its own until the next pass."""
-        scratch, own = self.sample.scratch, self.sample.keep
-        if not keep or own is None:
-            return self.effective(scratch.take("weight", w.shape, dtype, w.device), base, w, log_alpha)
-        made = self.effective(scratch.take(own, w.shape, dtype, w.device), base, w, log_alpha)
-        self.claim = scratch.claim(own)
+    def weight(self, base: Tensor, w: Tensor, log_alpha: Tensor, dtype: torch.dtype, reserve: bool = False) -> Tensor:
+        """The effective parameter, in memory that the next one takes or that is reserved until the next pass."""
+        workspace, use = self.sample.workspace, self.sample.reserve_as
+        if not reserve or use is None:
+            return self.effective(workspace.take("weight", w.shape, dtype, w.device), base, w, log_alpha)
+        made = self.effective(workspace.take(use, w.shape, dtype, w.device), base, w, log_alpha)
+        self.reservation = workspace.reserve(use)
         return made
 
-    def again(self, base: Tensor, w: Tensor, log_alpha: Tensor, dtype: torch.dtype) -> Tensor:
-        """What [`passing`] made, in the backward pass."""
+    def weight_again(self, base: Tensor, w: Tensor, log_alpha: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight of the forward pass, in the backward pass."""
         kept = None
-        if self.claim is not None:
-            kept = self.sample.scratch.claimed(self.sample.keep, self.claim, w.shape, dtype)
-        return self.passing(base, w, log_alpha, dtype) if kept is None else kept
+        if self.reservation is not None:
+            kept = self.sample.workspace.reserved(self.sample.reserve_as, self.reservation, w.shape, dtype)
+        return self.weight(base, w, log_alpha, dtype) if kept is None else kept
 
     def gradients(
         self, grad: Tensor, w: Tensor, log_alpha: Tensor, rows: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """By w, by the elements' locations, unless these are folded, and by the group's.
+        """Gradients by w, by the elements' log_alpha unless it is accumulated, and by the group's.
 
         Args:
             grad: of the effective parameter, or of `rows` of it, each of them once.
-            w: all of the diff, as `log_alpha` of the locations.
-            log_alpha: the locations.
+            w: all of the diff.
+            log_alpha: of all elements.
             rows: int64, shape (n,).
         """
-        stretch, fused, fold = self.sample.stretch, self.sample.fused, self.sample.fold
-        own, own_log_alpha = (part if rows is None else part.index_select(0, rows) for part in (w, log_alpha))
-        by_w, own_gradient, total = kernels.gradients(
-            grad, own, own_log_alpha, self.whole, self.seed, stretch, rows, fused
-        )
+        accumulate, draw = self.sample.accumulate, self.draw._replace(rows=rows)
+        own_w, own_log_alpha = (tensor if rows is None else tensor.index_select(0, rows) for tensor in (w, log_alpha))
+        by_w, by_log_alpha = torch.empty_like(own_w), torch.empty_like(own_w)
+        tensors = by_w, by_log_alpha, grad, own_w, own_log_alpha
+        total = kernels.gradients(tensors, draw, fused=self.sample.fused, whole=rows is not None)
         by_w, by_elements = _spread(by_w, w, rows), None
-        if fold is None:
-            by_elements = _spread(own_gradient, w, rows)
+        if accumulate is None:
+            by_elements = _spread(by_log_alpha, w, rows)
         else:
-            fold(own_gradient, rows)
+            accumulate(by_log_alpha, rows)
         if self.group_s is None:
             return by_w, by_elements, None
-        inside = (self.whole > 0) & (self.whole < 1)
-        slope = (1 - self.group_s) * self.group_s * ((stretch[1] - stretch[0]) * inside)
-        return by_w, by_elements, total * slope
+        low, high = draw.stretch
+        inside = (draw.group_gate > 0) & (draw.group_gate < 1)
+        return by_w, by_elements, total * ((1 - self.group_s) * self.group_s * ((high - low) * inside))
 
 
 def _spread(part: Tensor, like: Tensor, rows: Tensor | None) -> Tensor:
-    """A matrix like another that has a part in some rows, and nought in others."""
+    """A matrix with the part in some rows, and zeros in the others."""
     return part if rows is None else torch.zeros_like(like).index_copy_(0, rows, part)
 
 
-class _SampledParameter(torch.autograd.Function):
+class _GatedParameter(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, base: Tensor, w: Tensor, log_alpha: Tensor, group_log_alpha: Tensor | None, sample: Sample
-    ) -> Tensor:
+    def forward(ctx: Any, sample: GateSample, *tensors: Any) -> Tensor:
+        base, w, log_alpha, group_log_alpha = tensors
         ctx.save_for_backward(w, log_alpha)
         return _Gates(ctx, sample, w, group_log_alpha).effective(torch.empty_like(base), base, w, log_alpha)
 
@@ -125,28 +141,20 @@ class _SampledParameter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         w, log_alpha = ctx.saved_tensors
-        return None, *ctx.gates.gradients(grad, w, log_alpha), None
+        return None, None, *ctx.gates.gradients(grad, w, log_alpha)
 
 
-class _SampledLinear(torch.autograd.Function):
+class _GatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        base: Tensor,
-        w: Tensor,
-        log_alpha: Tensor,
-        group_log_alpha: Tensor | None,
-        sample: Sample,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, sample: GateSample, *tensors: Any) -> Tensor:
+        base, w, log_alpha, group_log_alpha = tensors
         dtype = compute_dtype(x, base)
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         x = x.to(dtype)
         ctx.save_for_backward(x, base, w, log_alpha)
-        keep = ctx.needs_input_grad[0]
-        effective = _Gates(ctx, sample, w, group_log_alpha).passing(base, w, log_alpha, dtype, keep)
-        return functional.linear(x, effective, None if bias is None else bias.to(dtype))
+        gates, needed_again = _Gates(ctx, sample, w, group_log_alpha), ctx.needs_input_grad[0]
+        weight = gates.weight(base, w, log_alpha, dtype, needed_again)
+        return functional.linear(x, weight, None if bias is None else bias.to(dtype))
 
     @staticmethod
     @once_differentiable
@@ -154,83 +162,49 @@ class _SampledLinear(torch.autograd.Function):
         x, base, w, log_alpha = ctx.saved_tensors
         by_x = by_bias = None
         if ctx.needs_input_grad[0]:
-            by_x = (grad @ ctx.gates.again(base, w, log_alpha, grad.dtype)).to(ctx.dtypes[0])
+            by_x = (grad @ ctx.gates.weight_again(base, w, log_alpha, grad.dtype)).to(ctx.dtypes[0])
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
             by_bias = rows.sum(0).to(ctx.dtypes[1])
-        by_weight = ctx.gates.sample.scratch.take("gradient", w.shape, grad.dtype, grad.device)
+        by_weight = ctx.gates.sample.workspace.take("gradient", w.shape, grad.dtype, grad.device)
         torch.mm(rows.t(), x.reshape(-1, x.shape[-1]), out=by_weight)
-        return by_x, by_bias, None, *ctx.gates.gradients(by_weight, w, log_alpha), None
+        return by_x, by_bias, None, None, *ctx.gates.gradients(by_weight, w, log_alpha)
 
 
-class _SampledEmbedding(torch.autograd.Function):
+class _GatedEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        ids: Tensor,
-        padding_idx: int | None,
-        base: Tensor,
-        w: Tensor,
-        log_alpha: Tensor,
-        group_log_alpha: Tensor | None,
-        sample: Sample,
-    ) -> Tensor:
-        rows, places = torch.unique(ids, return_inverse=True)
-        ctx.save_for_backward(rows, places, w, log_alpha)
+    def forward(ctx: Any, ids: Tensor, padding_idx: int | None, sample: GateSample, *tensors: Any) -> Tensor:
+        base, w, log_alpha, group_log_alpha = tensors
+        rows, positions = torch.unique(ids, return_inverse=True)
+        ctx.save_for_backward(rows, positions, w, log_alpha)
         ctx.padding_idx = padding_idx
-        own, own_w, own_log_alpha = (tensor.index_select(0, rows) for tensor in (base, w, log_alpha))
-        out = torch.empty_like(own)
-        effective = _Gates(ctx, sample, w, group_log_alpha).effective(out, own, own_w, own_log_alpha, rows)
-        return functional.embedding(places, effective)
+        own_base, own_w, own_log_alpha = (tensor.index_select(0, rows) for tensor in (base, w, log_alpha))
+        gates = _Gates(ctx, sample, w, group_log_alpha)
+        effective = gates.effective(torch.empty_like(own_base), own_base, own_w, own_log_alpha, rows)
+        return functional.embedding(positions, effective)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, places, w, log_alpha = ctx.saved_tensors
-        by_row = embedding_gradient(grad, rows, places, ctx.padding_idx)
-        return None, None, None, *ctx.gates.gradients(by_row, w, log_alpha, rows), None
+        rows, positions, w, log_alpha = ctx.saved_tensors
+        by_row = embedding_gradient(grad, rows, positions, ctx.padding_idx)
+        return None, None, None, None, *ctx.gates.gradients(by_row, w, log_alpha, rows)
 
 
-def sampled_parameter(
-    base: Tensor, w: Tensor, log_alpha: Tensor, group_log_alpha: Tensor | None, sample: Sample
-) -> Tensor:
+def gated_parameter_sampled(tensors: GatedTensors, sample: GateSample) -> Tensor:
     """The effective parameter theta + z z_group w with sampled gates (arXiv 2012.07463, equations 3 and 6).
 
-    Args:
-        base: the frozen pretrained parameter theta, any shape and floating dtype.
-        w: the dense diff, fp32, shape of `base`.
-        log_alpha: locations of the element gates, fp32 or fp16, shape of `base`.
-        group_log_alpha: location of the group gate, fp32, shape (1,); None without structure.
-        sample: how the gates are sampled.
-
     Returns:
-        A tensor of the shape and dtype of `base`, differentiable in `w`, `log_alpha` and `group_log_alpha`.
+        A tensor of theta's shape and dtype, differentiable in `w`, `log_alpha` and `group_log_alpha`.
     """
-    return _SampledParameter.apply(base, w, log_alpha, group_log_alpha, sample)  # type: ignore[no-any-return,no-untyped-call]
+    return _GatedParameter.apply(sample, *tensors)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def sampled_linear(
-    x: Tensor,
-    bias: Tensor | None,
-    base: Tensor,
-    w: Tensor,
-    log_alpha: Tensor,
-    group_log_alpha: Tensor | None,
-    sample: Sample,
-) -> Tensor:
-    """`torch.nn.functional.linear` of `x` (..., in) with the effective weight (out, in) and `bias`; see [`sampled_parameter`]."""
-    return _SampledLinear.apply(x, bias, base, w, log_alpha, group_log_alpha, sample)  # type: ignore[no-any-return,no-untyped-call]
+def gated_linear(x: Tensor, bias: Tensor | None, weight: GatedTensors, sample: GateSample) -> Tensor:
+    """`torch.nn.functional.linear` of `x` (..., in) with the effective weight (out, in) and `bias` (out,)."""
+    return _GatedLinear.apply(x, bias, sample, *weight)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def sampled_embedding(
-    ids: Tensor,
-    padding_idx: int | None,
-    base: Tensor,
-    w: Tensor,
-    log_alpha: Tensor,
-    group_log_alpha: Tensor | None,
-    sample: Sample,
-) -> Tensor:
-    """`torch.nn.functional.embedding` of `ids` with the effective weight (rows, width), of which only the rows of the batch are
-    made; see [`sampled_parameter`]."""
-    return _SampledEmbedding.apply(ids, padding_idx, base, w, log_alpha, group_log_alpha, sample)  # type: ignore[no-any-return,no-untyped-call]
+def gated_embedding(ids: Tensor, padding_idx: int | None, weight: GatedTensors, sample: GateSample) -> Tensor:
+    """`torch.nn.functional.embedding` of `ids` with the effective weight, of which only the batch's rows are made."""
+    return _GatedEmbedding.apply(ids, padding_idx, sample, *weight)  # type: ignore[no-any-return,no-untyped-call]

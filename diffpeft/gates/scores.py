@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffpeft.gates.hard_concrete import Stretch, delta_chunks, open_probability, split_flat
+from diffpeft.gates.compile import split_flat
+from diffpeft.gates.hard_concrete import Stretch, delta_chunks, open_probability
 
 SHUT_SCALE = 1e-12
 """Entries of shut gates are ranked by how nearly they are open, far below all others."""

@@ -10,10 +10,11 @@ from torch import nn
 
 from diffpeft.config import DiffPruningConfig
 from diffpeft.files.values import buffer_size
-from diffpeft.gates.update import factored
-from diffpeft.layer.gating import GATING_BUFFERS, GROUP_MOMENTS, MOMENTS, new_moments
+from diffpeft.gates.update.factored import is_large
+from diffpeft.gates.update.low_memory import new_moments
+from diffpeft.gates.update.state import GATING_BUFFERS, GROUP_MOMENTS, LOG_ALPHAS, MOMENTS
 
-GATING_PARAMETERS = ("diffpruning_w", "diffpruning_log_alpha", "diffpruning_group_log_alpha")
+GATING_PARAMETERS = ("diffpruning_w", *LOG_ALPHAS)
 INIT_STD = 0.02
 """Standard deviation of diffs that start at random, as tests want them."""
 
@@ -39,7 +40,7 @@ def gating_tensors(
             w[name].data.fill_(torch.nan)
         if not config.gated:
             continue
-        coarse = config.low_memory and factored.is_large(shape)
+        coarse = config.low_memory and is_large(shape)
         dtype = torch.float16 if coarse else torch.float32
         log_alpha[name] = nn.Parameter(torch.full_like(zeros, config.init_log_alpha, dtype=dtype))
         own = new_moments(zeros) if coarse else {kind: torch.zeros_like(zeros) for kind in MOMENTS}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from diffpeft.gates.forward_pass import ForwardPass, remove_hooks
 from diffpeft.gates.hard_concrete import gated_parameter
-from diffpeft.gates.noise import NoisePass, remove_hooks
 from diffpeft.layer import run
 from diffpeft.layer.merging import MergeStack
 from diffpeft.layer.tensors import AdapterTensors
@@ -37,10 +37,10 @@ class DiffPruningLayer(AdapterTensors):
         base_layer: nn.Module,
         key: str,
         ties: dict[str, tuple[DiffPruningLayer, str]],
-        noise: NoisePass | None = None,
+        noise: ForwardPass | None = None,
     ) -> None:
         super().__init__(base_layer, key, ties)
-        self.noise = NoisePass() if noise is None else noise
+        self.noise = ForwardPass() if noise is None else noise
         self.fused = False
         """Whether the gates' elementwise chains are compiled."""
         self.shared_with: dict[str, list[str]] = {}
@@ -272,7 +272,7 @@ class RootParameters(DiffPruningLayer):
 
     NAME = "root_parameters"
 
-    def __init__(self, model: nn.Module, noise: NoisePass) -> None:
+    def __init__(self, model: nn.Module, noise: ForwardPass) -> None:
         super().__init__(model, "", {}, noise)
         self._plain: dict[str, nn.Parameter | None] = {}
 

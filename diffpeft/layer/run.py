@@ -8,9 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffpeft.gates.functions import Sample, sampled_embedding, sampled_linear, sampled_parameter
-from diffpeft.gates.noise import may_be_replayed
-from diffpeft.gates.small_parameters import SMALL, Part, sampled_together
+from diffpeft.gates.forward_pass import may_be_replayed
+from diffpeft.gates.functions import (
+    GatedTensors,
+    GateSample,
+    gated_embedding,
+    gated_linear,
+    gated_parameter_sampled,
+)
+from diffpeft.gates.small_parameters import MAX_SMALL_ELEMENTS, SmallParameter, small_parameters
+from diffpeft.gates.update.collect import low_memory_gates
+from diffpeft.gates.update.in_backward import accumulator
 from diffpeft.layer.find import layers_in
 from diffpeft.layer.tensors import AdapterTensors
 from diffpeft.layer.wrapped import device_of, is_offloaded, is_plain
@@ -103,7 +111,7 @@ def _linear(layer: Layer, adapter_name: str, x: Tensor) -> Tensor | None:
     if log_alpha is None or not layer.training:
         return None
     sample = _sample(layer, adapter_name, "weight")  # before the bias's
-    return sampled_linear(x, layer.read("bias"), module.weight, w, log_alpha, group_log_alpha, sample)
+    return gated_linear(x, layer.read("bias"), GatedTensors(module.weight, w, log_alpha, group_log_alpha), sample)
 
 
 def _embedding(layer: Layer, adapter_name: str, ids: Tensor) -> Tensor | None:
@@ -117,7 +125,7 @@ def _embedding(layer: Layer, adapter_name: str, ids: Tensor) -> Tensor | None:
     if log_alpha is None or not layer.training:
         return None
     sample = _sample(layer, adapter_name, "weight")
-    return sampled_embedding(ids, module.padding_idx, module.weight, w, log_alpha, group_log_alpha, sample)
+    return gated_embedding(ids, module.padding_idx, GatedTensors(module.weight, w, log_alpha, group_log_alpha), sample)
 
 
 # With sampled gates
@@ -126,61 +134,63 @@ def _embedding(layer: Layer, adapter_name: str, ids: Tensor) -> Tensor | None:
 def sampled(layer: Layer, parameter: Tensor, adapter_name: str, name: str) -> Tensor:
     """The effective parameter under sampled gates; small ones of the whole model are made at the first use of one."""
     sample = _sample(layer, adapter_name, name)
-    made = _made_together(layer, adapter_name, name)
-    if made is not None:
-        return made
+    small = _small_effective(layer, adapter_name, name)
+    if small is not None:
+        return small
     w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, name)
     assert log_alpha is not None
-    return sampled_parameter(parameter, w, log_alpha, group_log_alpha, sample)
+    return gated_parameter_sampled(GatedTensors(parameter, w, log_alpha, group_log_alpha), sample)
 
 
-def _sample(layer: Layer, adapter_name: str, name: str) -> Sample:
+def _sample(layer: Layer, adapter_name: str, name: str) -> GateSample:
     """How a parameter's gates are sampled in this pass."""
     config, key = layer.configs[adapter_name], (layer.key, adapter_name, name)
     keep = not config.low_memory and not torch.compiler.is_compiling() and not may_be_replayed()
-    return Sample(
+    return GateSample(
         layer.noise.seed(key),
         config.stretch,
         layer.fused,
-        layer.noise.scratch,
-        layer.folding(adapter_name, name),
+        layer.noise.workspace,
+        accumulator(layer, adapter_name, name),
         key if keep else None,
     )
 
 
-def _made_together(layer: Layer, adapter_name: str, name: str) -> Tensor | None:
+def _small_effective(layer: Layer, adapter_name: str, name: str) -> Tensor | None:
     """A small effective parameter, which the first use of one in a pass makes for all; None for others."""
     noise = layer.noise
     if noise.model is None or torch.compiler.is_compiling() or may_be_replayed():
         return None
-    if noise.made is None:
-        noise.made, parts, device = {}, {}, device_of(layer.base_layer)
+    if noise.small_effective is None:
+        noise.small_effective, small, device = {}, {}, device_of(layer.base_layer)
         for other in layers_in(noise.model, AdapterTensors):
             if other.noise is noise:
-                parts.update(_small_parts(other, adapter_name, device))
-        if parts:
-            made = sampled_together(list(parts.values()), layer.configs[adapter_name].stretch)
-            noise.made.update(zip(parts, made, strict=True))
-    return noise.made.get((layer.key, adapter_name, name))
+                small.update(_small_parameters(other, adapter_name, device))
+        if small:
+            made = small_parameters(list(small.values()), layer.configs[adapter_name].stretch)
+            noise.small_effective.update(zip(small, made, strict=True))
+    return noise.small_effective.get((layer.key, adapter_name, name))
 
 
-def _small_parts(layer: Layer, adapter_name: str, device: torch.device) -> dict[tuple[str, str, str], Part]:
+def _small_parameters(
+    layer: Layer, adapter_name: str, device: torch.device
+) -> dict[tuple[str, str, str], SmallParameter]:
     """The module's small parameters that one adapter changes, and whose gates are sampled."""
     module: Any = layer.base_layer
     idle = layer.disable_adapters or layer.merged or layer.quantized or is_offloaded(module) or not layer.training
     if idle or layer.active_adapters != [adapter_name] or not layer.is_gating(adapter_name):
         return {}
-    parts = {}
+    small = {}
     for name in layer.shapes:
         w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, name)
         own = module._parameters.get(name)
         apart = name == "weight" and type(module) in (nn.Linear, nn.Embedding)  # these have a way of their own
-        if log_alpha is None or own is None or apart or log_alpha.numel() > SMALL:
+        if log_alpha is None or own is None or apart or log_alpha.numel() > MAX_SMALL_ELEMENTS:
             continue
-        if log_alpha.device == own.device == device and layer.lean_gates(adapter_name, name) is None:
+        if log_alpha.device == own.device == device and low_memory_gates(layer, adapter_name, name) is None:
             key = layer.key, adapter_name, name
-            parts[key] = Part(own, w, log_alpha, group_log_alpha, layer.noise.seed_of(key))
-    return parts
+            small[key] = SmallParameter(GatedTensors(own, w, log_alpha, group_log_alpha), layer.noise.seed_of(key))
+    return small
 
 
 # On a quantised weight

@@ -15,7 +15,8 @@ from diffpeft.files import seal
 from diffpeft.files.stored_diff import StoredDiff
 from diffpeft.files.values import buffer_size
 from diffpeft.gates import hard_concrete as gates
-from diffpeft.layer.gating import GATING_BUFFERS, LEAN_BUFFERS, Gating
+from diffpeft.gates.update.collect import UpdateStatus
+from diffpeft.gates.update.state import GATING_BUFFERS, LOW_MEMORY_BUFFERS
 from diffpeft.layer.initial import GATING_PARAMETERS, fixmask_tensors, gating_tensors
 from diffpeft.layer.wrapped import device_of, is_offloaded, own_shapes, quantization_backend
 
@@ -25,7 +26,7 @@ POSITIONS = "diffpruning_positions"
 _generations = itertools.count()
 
 
-class AdapterTensors(Gating, nn.Module, BaseTunerLayer):
+class AdapterTensors(nn.Module, BaseTunerLayer):
     """Holds the tensors of the adapters on one wrapped module; [`DiffPruningLayer`] runs the module with them.
 
     Every tensor of an adapter lives in an attribute of the class's prefix, by adapter, then by parameter name:
@@ -46,6 +47,9 @@ class AdapterTensors(Gating, nn.Module, BaseTunerLayer):
     other_param_names = (*GATING_BUFFERS, POSITIONS)
 
     # ModuleDicts: adapter name -> ParameterDict or BufferDict: parameter name -> tensor.
+    diffpruning_w: Any
+    diffpruning_log_alpha: Any
+    diffpruning_group_log_alpha: Any
     diffpruning_values: Any
     diffpruning_positions: Any
 
@@ -62,7 +66,7 @@ class AdapterTensors(Gating, nn.Module, BaseTunerLayer):
         self.configs: dict[str, DiffPruningConfig] = {}
         self.generations: dict[str, int] = {}
         """A number that is new each time an adapter's gates are made: their memory may be that of others before."""
-        self.pending = {}
+        self.update_status: dict[str, UpdateStatus] = {}
         self._sparse: dict[tuple[str, str], StoredDiff] = {}
         self._disable_adapters = False
         self._trained: set[str] = set()  # while adapters are disabled: those that train otherwise
@@ -184,7 +188,7 @@ class AdapterTensors(Gating, nn.Module, BaseTunerLayer):
         made = gating_tensors(self.shapes, device, config, unknown)
         self.generations[adapter_name] = next(_generations)
         for attribute, tensors in made.items():
-            if len(tensors) or attribute not in LEAN_BUFFERS:
+            if len(tensors) or attribute not in LOW_MEMORY_BUFFERS:
                 self._hold(attribute, adapter_name, tensors)
         self._set_trainable(adapter_name)
 
@@ -250,7 +254,7 @@ class AdapterTensors(Gating, nn.Module, BaseTunerLayer):
             container: Any = getattr(self, attribute)
             if adapter_name in container:
                 del container[adapter_name]
-        self.pending.pop(adapter_name, None)
+        self.update_status.pop(adapter_name, None)
         self._forget(adapter_name)
 
     def _forget(self, adapter_name: str) -> None:
@@ -308,11 +312,11 @@ class AdapterTensors(Gating, nn.Module, BaseTunerLayer):
                 for name, tensor in (held._parameters | held._buffers).items():
                     yield f"{attribute}.{adapter_name}.{name}", tensor
 
-    def gate_locations(self, adapter_name: str) -> list[nn.Parameter]:
-        """The locations of all gates, those of groups included."""
-        containers = [getattr(self, attribute) for attribute in GATING_PARAMETERS[1:]]
-        held = [container[adapter_name]._parameters for container in containers if adapter_name in container]
-        return [location for parameters in held for location in parameters.values()]
+    def held(self, attribute: str, adapter_name: str) -> dict[str, Any]:
+        """The adapter's tensors in one attribute, by parameter name."""
+        container = self._modules.get(attribute)
+        own = None if container is None else container._modules.get(adapter_name)
+        return {} if own is None else own._parameters | own._buffers
 
     def gates_of_parameter(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """w, log_alpha of the element gates and of the group gate; None for gates that there are not."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,31 +10,19 @@ from torch import Tensor
 from diffpeft.config import DiffPruningConfig
 from diffpeft.files.values import stored_size
 from diffpeft.gates import hard_concrete as gates
-from diffpeft.gates.update import rules as gate_update
-from diffpeft.gates.update.in_backward import InBackward, check_low_memory
-from diffpeft.gates.update.low_memory import LeanGates
-from diffpeft.gates.update.state import Gates, Group, expected_nonzeros, open_elements
-from diffpeft.layer.gating import GATING_BUFFERS, GateTensors
-from diffpeft.layer.layer import DiffPruningLayer
+from diffpeft.gates.update import step as update
+from diffpeft.gates.update.collect import collect, log_alphas
+from diffpeft.gates.update.in_backward import InBackward, backward_steps, check_low_memory
+from diffpeft.gates.update.state import GATING_BUFFERS
+from diffpeft.gates.update.step import Progress
 from diffpeft.sparse import elias_fano as positions
 from diffpeft.sparse.sharded import check_whole
 from diffpeft.tuner.base import FIXMASK, GATING
 from diffpeft.tuner.state_dict import AdapterStateDict
 
 
-class _Opened(NamedTuple):
-    """How many gates of an adapter are open."""
-
-    moves: Any
-    """How often they had moved by then."""
-    elements: Tensor
-    """Sum of P(element open) of each group."""
-    expected: float
-    """The expected number of nonzeros."""
-
-
 class GatingPhase(AdapterStateDict):
-    """Phases, expected density, and a step of the gates. Methods take the adapter's name, by default the active adapter's."""
+    """Expected density and a step of the gates; methods take the adapter's name, by default the active adapter's."""
 
     def adapted_parameters(self, adapter_name: str | None = None) -> dict[str, int]:
         """Number of elements of every parameter that the adapter covers, by its name in the base model."""
@@ -55,20 +41,6 @@ class GatingPhase(AdapterStateDict):
         name = self.resolve(adapter_name)
         return self.peft_config[name].gated and self.phase(name) == GATING
 
-    def _groups(self, adapter_name: str, layers: Sequence[DiffPruningLayer], with_gradient: bool = True) -> list[Group]:
-        """All gates; without gradients the locations stand in their place."""
-
-        def gates_of(tensors: GateTensors) -> Gates:
-            log_alpha, exp_avg, exp_avg_sq = tensors
-            grad = log_alpha.grad if with_gradient else log_alpha.detach()
-            return Gates(log_alpha.detach(), torch.zeros_like(log_alpha) if grad is None else grad, exp_avg, exp_avg_sq)
-
-        return [
-            Group(elements if isinstance(elements, LeanGates) else gates_of(elements), whole and gates_of(whole))
-            for layer in layers
-            for elements, whole in layer.gates(adapter_name).values()
-        ]
-
     def l0_penalty(self, adapter_name: str | None = None) -> Tensor:
         """The expected number of nonzeros, before lambda; a differentiable scalar (arXiv 2012.07463, equations 4, 6).
 
@@ -79,10 +51,9 @@ class GatingPhase(AdapterStateDict):
         config = self.peft_config[name]
         terms = [
             gates.expected_l0(
-                element.log_alpha, None if whole is None else whole.log_alpha, config.stretch, config.group_penalty
+                elements.log_alpha, None if gate is None else gate.log_alpha, config.stretch, config.group_penalty
             )
-            for layer in self.layers_of(name)
-            for element, whole in layer.gates(name).values()
+            for elements, gate in collect(self.layers_of(name), name)
         ]
         if terms:
             return torch.stack(terms).sum()
@@ -107,23 +78,11 @@ class GatingPhase(AdapterStateDict):
     def expected_nonzeros(self, adapter_name: str | None = None) -> float:
         """Expected number of nonzeros of the diff: sum over elements of P(element open) P(group open)."""
         name = self.resolve(adapter_name)
-        return self._opened(name, self.layers_of(name)).expected if self.is_gated(name) else float(self._count(name))
-
-    def _opened(self, adapter_name: str, layers: Sequence[DiffPruningLayer]) -> _Opened:
-        """How many gates are open: counted once for as long as no gate moves."""
-        known: _Opened | None = self.__dict__.get("_last_opened")
-        if known is None or known.moves != _moves(adapter_name, layers):
-            groups = self._groups(adapter_name, layers, with_gradient=False)
-            stretch, fused = self.peft_config[adapter_name].stretch, any(layer.fused for layer in layers)
-            known = self._note_opened(adapter_name, layers, groups, open_elements(groups, stretch, fused))
-        return known
-
-    def _note_opened(
-        self, adapter_name: str, layers: Sequence[DiffPruningLayer], groups: Sequence[Group], elements: Tensor
-    ) -> _Opened:
-        expected = expected_nonzeros(groups, self.peft_config[adapter_name].stretch, elements)
-        known = self.__dict__["_last_opened"] = _Opened(_moves(adapter_name, layers), elements, expected)
-        return known
+        if not self.is_gated(name):
+            return float(self._count(name))
+        stretch, known = self.peft_config[name].stretch, self.__dict__.get("_open_count")
+        count = self.__dict__["_open_count"] = update.count_open(self.layers_of(name), name, stretch, known)
+        return count.expected
 
     def expected_density(self, adapter_name: str | None = None) -> float:
         """Expected nonzeros as a share of all base parameters, adapted or not."""
@@ -152,22 +111,21 @@ class GatingPhase(AdapterStateDict):
         return min(1.0, max(0.0, math.log(self.expected_density(name)) / math.log(target)))
 
     def update_in_backward(self, optimizer: torch.optim.Optimizer, adapter_name: str | None = None) -> InBackward:
-        """With `low_memory=True`, have large diffs updated within the backward pass, and gradients of gates used up there. Call it
-        once before training, or before training goes on; [`DiffPruningCallback`] does.
+        """Have large diffs step within the backward pass, and gradients of gates used there, with `low_memory=True`.
 
-        The diffs take learning rate and weight decay of their group of the optimizer as they are during backward. Pruning
-        ends it.
+        Call it once before training, or before training goes on; [`DiffPruningCallback`] does. The diffs take learning
+        rate and weight decay of their group of the optimizer as they are during backward. Pruning ends it.
 
         Args:
             optimizer: of Adam's family, made of `model.parameters()`.
             adapter_name: the adapter, by default the active one.
 
         Returns:
-            What ends it before, with `remove()`, and has a factor for the learning rates, `rate_factor`.
+            A handle that ends it before, with `remove()`, and has a factor of the learning rates, `rate_factor`.
 
         Raises:
-            ValueError: the adapter is pruned or its config has no low_memory=True; more than one process; fp16 with gradient
-                scaling; what [`diffpeft.gates.update.in_backward.InBackward`] refuses.
+            ValueError: the adapter is pruned or its config has no low_memory=True; more than one process; fp16 with
+                gradient scaling; what [`diffpeft.gates.update.in_backward.InBackward`] refuses.
         """
         name = self.resolve(adapter_name)
         if self.phase(name) != GATING or not self.peft_config[name].low_memory:
@@ -176,16 +134,15 @@ class GatingPhase(AdapterStateDict):
                 "update_in_backward is for gating with DiffPruningConfig(low_memory=True)"
             )
         check_low_memory()
-        return InBackward(optimizer, [one for layer in self.layers_of(name) for one in layer.watched(name)])
+        return InBackward(optimizer, [step for layer in self.layers_of(name) for step in backward_steps(layer, name)])
 
-    @torch.no_grad()
     def gate_step(self, step: int, gating_steps: int, adapter_name: str | None = None) -> float:
         """Move the gates once, from the gradients of the task loss on them, and clear these gradients.
 
         Call it once an update, after backward and gradient clipping and before `optimizer.step()`, which then has
         nothing to do for the gates. [`DiffPruningCallback`] does. An update whose gradients are not finite is skipped,
-        as a gradient scaler skips its own. With `low_memory=True` the gradients are in the gates' moments by then, but for what
-        was not finite.
+        as a gradient scaler skips its own. With `low_memory=True` the gradients are in the gates' moments by then, except
+        what was not finite.
 
         Args:
             step: updates done so far, from 0.
@@ -196,8 +153,8 @@ class GatingPhase(AdapterStateDict):
             The lambda that was used: the config's, or the one that was solved for; NaN if the update was skipped.
 
         Raises:
-            ValueError: the adapter is pruned; parameters are sharded; with `low_memory=True` gradients that were to be used up
-                in the backward pass.
+            ValueError: the adapter is pruned; parameters are sharded; with `low_memory=True` gradients that were to be
+                used in the backward pass.
         """
         name = self.resolve(adapter_name)
         if self.phase(name) != GATING:
@@ -206,46 +163,7 @@ class GatingPhase(AdapterStateDict):
         if not config.gated:
             return 0.0
         layers = self.layers_of(name)
-        check_whole((location for layer in layers for location in layer.gate_locations(name)), "gate_step")
-        finished = [layer.finish_update(name) for layer in layers] if config.low_memory else []
-        groups = self._groups(name, layers)
-        sums = [one.grad.sum() for group in groups if isinstance(one := group.elements, Gates)]
-        finite = all(finished) and (not sums or bool(torch.stack(sums).sum().isfinite()))
-        l0_lambda, fused = math.nan, any(layer.fused for layer in layers)
-        if finite:
-            if config.l0_lambda == "auto":
-                total, opened = self.num_base_parameters(), self._opened(name, layers)
-                count = sum(shape.numel() for layer in layers for shape in layer.shapes.values())
-                start = count * float(
-                    torch.sigmoid(gates.open_logit(torch.tensor(config.init_log_alpha), config.stretch))
-                )
-                target = config.target_density * total
-                wanted = gate_update.density_schedule(step, gating_steps, start, min(start, target))
-                pace = gate_update.automatic_pace(step, gating_steps, config.gate_learning_rate)
-                l0_lambda, elements = gate_update.automatic_step(
-                    groups,
-                    step,
-                    pace,
-                    config.stretch,
-                    opened.expected,
-                    wanted,
-                    opened.elements,
-                    fused,
-                    folded=config.low_memory,
-                )
-                self._note_opened(name, layers, groups, elements)
-            else:
-                pace, l0_lambda = config.gate_learning_rate or gate_update.PAPER_PACE, float(config.l0_lambda)
-                form = config.group_penalty
-                gate_update.fixed_lambda_step(groups, l0_lambda, step, pace, config.stretch, form, fused=fused)
-        for layer in layers:
-            for log_alpha in layer.gate_locations(name):
-                log_alpha.grad = None
+        check_whole(log_alphas(layers, name), "gate_step")
+        progress, known = Progress(step, gating_steps, self.num_base_parameters()), self.__dict__.get("_open_count")
+        l0_lambda, self.__dict__["_open_count"] = update.gate_step(layers, name, config, progress, known)
         return l0_lambda
-
-
-def _moves(adapter_name: str, layers: Sequence[DiffPruningLayer]) -> Any:
-    """Other than it was once any gate has moved."""
-    locations = [location for layer in layers for location in layer.gate_locations(adapter_name)]
-    born = [layer.generations.get(adapter_name) for layer in layers]
-    return adapter_name, born, [(location._version, location.data_ptr()) for location in locations]

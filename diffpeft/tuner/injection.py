@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from diffpeft.config import DiffPruningConfig
 from diffpeft.files import fingerprint
-from diffpeft.gates.kernels import WORTH_FUSING
-from diffpeft.gates.noise import NoisePass
+from diffpeft.gates.compile import MIN_COMPILED_GATES
+from diffpeft.gates.forward_pass import ForwardPass
 from diffpeft.layer.find import outer_modules
 from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.sparse.sharded import check_whole
@@ -36,7 +36,7 @@ class Injection:
 
     def __init__(self, model: nn.Module, layers: Sequence[DiffPruningLayer]) -> None:
         self.named = dict(outer_modules(model))
-        self.noise = layers[0].noise if layers else NoisePass()
+        self.noise = layers[0].noise if layers else ForwardPass()
         self._owners: Owners = {}
         for layer in layers:
             self._own(layer)
@@ -184,7 +184,7 @@ def note_sharing(model: nn.Module, layers: Sequence[DiffPruningLayer]) -> None:
                 plain.setdefault(id(parameter), []).append(name)
     size = sum(shape.numel() for layer in layers for shape in layer.shapes.values())
     for layer in layers:
-        layer.fused = size >= WORTH_FUSING
+        layer.fused = size >= MIN_COMPILED_GATES
         layer.shared_with = {n: plain[id(p)] for n, p in layer.own_parameters().items() if id(p) in plain}
         layer.tied_layers = {}
     for layer in layers:

@@ -79,7 +79,7 @@ def magnitude_prune(
     config.nnz_pattern = {key: count for key, (count, _) in counts.items() if count}
     for layer in layers:
         layer.configs[adapter_name] = config
-        layer.noise.scratch.clear()
+        layer.noise.workspace.clear()
     if optimizer is not None:
         replace_parameters(optimizer, replacement)
     return PruningSummary(k, tuner.num_base_parameters(), threshold.value, counts)

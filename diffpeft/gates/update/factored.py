@@ -1,25 +1,27 @@
-"""Second moments of matrices by the means of their rows and columns (Adafactor: Shazeer and Stern 2018, arXiv 1804.04235).
+"""Second moments of matrices by the means of their rows and columns, and the update of a diff that follows from them.
 
-Of a matrix of squares V with row means r and column means c only these are kept, and V is taken to be r c^T / mean(r): the
-rank-one matrix with the same means. Tensors of more dimensions are matrices for this, cut where that leaves the fewest means.
+Both are Adafactor's (Shazeer and Stern 2018, arXiv 1804.04235). A matrix of squares V with row means r and column means
+c is taken to be r c^T / mean(r), the rank-one matrix with the same means, and these alone are kept. Tensors of more
+dimensions are matrices for this, cut where that leaves the fewest means.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-LARGE = 1 << 14
-"""Elements beyond which it pays."""
-SMALLEST = 1e-30
-"""Keeps what is divided by above nought."""
+from diffpeft.gates.update.kernels import BETAS, MIN_DIVISOR
+
+MIN_LARGE_ELEMENTS = (1 << 14) + 1
+"""Elements from which means of rows and columns take next to no memory."""
 
 
 def is_large(shape: torch.Size) -> bool:
-    """Whether a tensor is one of which means of rows and columns take next to no memory."""
-    return len(shape) > 1 and shape.numel() > LARGE
+    """Whether keeping means in place of a tensor of this shape pays."""
+    return len(shape) > 1 and shape.numel() >= MIN_LARGE_ELEMENTS
 
 
 def matrix_shape(shape: torch.Size) -> tuple[int, int]:
@@ -37,4 +39,43 @@ def mean_squares(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def factors(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Two vectors whose outer product is the second moment with these means."""
-    return rows, columns / rows.mean().clamp_min(SMALLEST)
+    return rows, columns / rows.mean().clamp_min(MIN_DIVISOR)
+
+
+class DiffMoments(NamedTuple):
+    """The second moment of the gradient of one dense diff."""
+
+    rows: Tensor
+    """Means over each row of the diff as a matrix, fp32."""
+    columns: Tensor
+    """Means over each column, fp32."""
+    weight: Tensor
+    """Sum of the weights that gradients have in these, fp32, shape (): 1 - beta^t after t updates."""
+
+    @torch.no_grad()
+    def step(self, w: Tensor, grad: Tensor, rate: float, decay: float) -> bool:
+        """Update a diff by Adafactor's rule without a first moment, with Adam's beta and correction of its bias.
+
+        Args:
+            w: the diff, fp32, any shape of at least two dimensions.
+            grad: its gradient, which is overwritten.
+            rate: learning rate.
+            decay: weight decay, as a share of `rate`.
+
+        Returns:
+            False, with all as it was, where the gradient is not finite.
+        """
+        matrix = grad.contiguous().view(len(self.rows), len(self.columns))
+        by_row, by_column = mean_squares(matrix)
+        if not bool(by_row.sum().isfinite()):
+            return False
+        for moment, square in zip(self, (by_row, by_column, torch.ones_like(self.weight)), strict=True):
+            moment.lerp_(square, 1 - BETAS[1])
+        rows, columns = factors(self.rows / self.weight, self.columns / self.weight)
+        matrix.mul_(rows.clamp_min(MIN_DIVISOR).rsqrt().unsqueeze(1))
+        matrix.mul_(columns.clamp_min(MIN_DIVISOR).rsqrt())
+        size = torch.linalg.vector_norm(matrix) / max(1, matrix.numel()) ** 0.5
+        if decay:
+            w.mul_(1 - rate * decay)
+        w.sub_(matrix.mul_(rate / size.clamp_min(1.0)).view(w.shape))
+        return True

@@ -1,133 +1,78 @@
-"""Updates of dense diffs within the backward pass, each as soon as its gradient is complete, which is then let go of.
-
-The rule is Adafactor's (Shazeer and Stern 2018, arXiv 1804.04235) without a first moment: the gradient over the root of its
-factored second moment (`diffpeft/gates/update/factored.py`), scaled down to a root mean square of 1 where it has more, times the learning
-rate. The second moment has Adam's beta and correction of its bias.
-"""
+"""Steps within the backward pass: gradients are used where they arise and let go of, in the low-memory mode."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from diffpeft.gates.kernels import BETAS
-from diffpeft.gates.update import factored
+from diffpeft.gates.functions import Accumulate
+from diffpeft.gates.update.collect import GatedLayer, UpdateStatus, groups_of, low_memory_gates
+from diffpeft.gates.update.factored import DiffMoments
+from diffpeft.gates.update.state import DIFF_MOMENTS, StoredGates
 
 
-@dataclass
-class Pending:
-    """What backward passes have done for the next update of the gates of one module."""
-
-    finite: bool = True
-    """Whether all gradients were; what was not has changed nothing."""
-    updated: set[str] = field(default_factory=set)
-    """Parameters whose diff was updated."""
-
-
-class DiffMoments(NamedTuple):
-    """The second moment of the gradient of one dense diff."""
-
-    rows: Tensor
-    """Means over each row of the diff as a matrix, fp32."""
-    columns: Tensor
-    """Means over each column."""
-    weight: Tensor
-    """Sum of the weights that gradients have in these, shape (): 1 - beta^t after t updates."""
-
-    @torch.no_grad()
-    def step(self, w: Tensor, grad: Tensor, rate: float, decay: float) -> bool:
-        """Update a diff. Returns False, and leaves all as it was, where the gradient is not finite.
-
-        Args:
-            w: the diff, fp32, any shape of at least two dimensions.
-            grad: its gradient, which is overwritten.
-            rate: learning rate.
-            decay: weight decay, as a share of `rate`.
-        """
-        matrix = grad.contiguous().view(len(self.rows), len(self.columns))
-        by_row, by_column = factored.mean_squares(matrix)
-        if not bool(by_row.sum().isfinite()):
-            return False
-        for moment, square in (
-            (self.rows, by_row),
-            (self.columns, by_column),
-            (self.weight, torch.ones_like(self.weight)),
-        ):
-            moment.lerp_(square, 1 - BETAS[1])
-        rows, columns = factored.factors(self.rows / self.weight, self.columns / self.weight)
-        matrix.mul_(rows.clamp_min(factored.SMALLEST).rsqrt().unsqueeze(1))
-        matrix.mul_(columns.clamp_min(factored.SMALLEST).rsqrt())
-        size = torch.linalg.vector_norm(matrix) / max(1, matrix.numel()) ** 0.5
-        if decay:
-            w.mul_(1 - rate * decay)
-        w.sub_(matrix.mul_(rate / size.clamp_min(1.0)).view(w.shape))
-        return True
-
-
-class Watched(NamedTuple):
-    """A parameter whose gradient is used up within the backward pass."""
+class BackwardStep(NamedTuple):
+    """A parameter that steps within the backward pass."""
 
     label: str
-    """What it is called in errors."""
-    parameter: nn.Parameter
-    take: Callable[[Tensor, float, float], bool]
-    """Uses a gradient up, given learning rate and weight decay; returns whether it was finite."""
+    """Its name in errors."""
+    parameter: Tensor
+    step: Callable[[Tensor, float, float], bool]
+    """Uses a gradient, given learning rate and weight decay; returns whether it was finite."""
     in_optimizer: bool
     """Whether learning rate and weight decay matter, so that the optimizer must hold it."""
-    pending: Callable[[], Pending]
-    """What is noted of the update."""
+    status: Callable[[], UpdateStatus]
+    """State of the update."""
 
 
 class InBackward:
-    """Uses up gradients in the backward pass, with learning rate and weight decay of the parameter's group of an optimizer,
-    which then finds no gradient and makes no state.
+    """Steps parameters in the backward pass, with learning rate and weight decay of their group of an optimizer.
 
-    With gradient accumulation, as Accelerate and the Trainer do it, gradients add up, and the last backward pass of an update
-    uses them up. What watched the parameters before no longer does.
+    The optimizer then finds no gradient and makes no state. With gradient accumulation, as Accelerate and the Trainer do
+    it, gradients add up, and the last backward pass of an update steps. Hooks of an earlier run on the parameters go.
 
     Args:
         optimizer: of Adam's family, since the learning rates are to be such as that wants.
-        watched: the parameters.
+        steps: the parameters.
 
     Raises:
         ValueError: the optimizer is of another family, or does not hold a parameter.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, watched: Iterable[Watched]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: Iterable[BackwardStep]) -> None:
         if isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         groups = optimizer.param_groups
         foreign = [index for index, group in enumerate(groups) if "betas" not in group]
         if foreign:
             raise ValueError(
-                f"low_memory=True updates large diffs as Adafactor does, at the learning rates of the optimizer, which are not "
-                f"Adam's in {type(optimizer).__name__}; use an optimizer with betas, e.g. optim='adamw_torch', or "
+                f"low_memory=True updates large diffs as Adafactor does, at the learning rates of the optimizer, which are "
+                f"not Adam's in {type(optimizer).__name__}; use an optimizer with betas, e.g. optim='adamw_torch', or "
                 "low_memory=False"
             )
         self.rate_factor = 1.0
-        """What the groups' learning rates are multiplied by."""
+        """Factor of the groups' learning rates."""
         self._optimizer = optimizer
         self._handles: list[RemovableHandle] = []
         index_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
-        watched = list(watched)
-        lost = [one.label for one in watched if one.in_optimizer and one.parameter not in index_of]
+        steps = list(steps)
+        lost = [one.label for one in steps if one.in_optimizer and one.parameter not in index_of]
         if lost:
             raise ValueError(
                 f"the optimizer ({type(optimizer).__name__}) does not hold {len(lost)} diffs, {lost[:3]}, so they have no "
                 "learning rate; build it from model.parameters()"
             )
-        for one in watched:
+        for one in steps:
             _release(one)
-            rule = _Rule(one.label, one.take, one.pending, index_of.get(one.parameter))
-            hook = partial(self._use_up, rule)
+            held = _Hook(one.label, one.step, one.status, index_of.get(one.parameter))
+            hook = partial(self._step, held)
             handle: RemovableHandle = one.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._handles.append(handle)
 
@@ -137,42 +82,126 @@ class InBackward:
             handle.remove()
         self._handles = []
 
-    def _use_up(self, rule: _Rule, parameter: Tensor) -> None:
+    def _step(self, held: _Hook, parameter: Tensor) -> None:
         grad = parameter.grad
         if grad is None or not GradientState().sync_gradients:
             return
         parameter.grad = None
-        pending = rule.pending()
-        if rule.label in pending.updated:
+        status = held.status()
+        if held.label in status.updated:
             raise RuntimeError(
-                f"{rule.label} got a gradient twice for one update, and with low_memory=True the first is used up by then: "
-                "checkpoint gradients with use_reentrant=False, accumulate them within accelerator.accumulate(model), and call "
-                "gate_step after every update"
+                f"{held.label} got a gradient twice for one update, and with low_memory=True the first is used up by "
+                "then: checkpoint gradients with use_reentrant=False, accumulate them within "
+                "accelerator.accumulate(model), and call gate_step after every update"
             )
-        pending.updated.add(rule.label)
-        group = {} if rule.group is None else self._optimizer.param_groups[rule.group]
+        status.updated.add(held.label)
+        group = {} if held.group is None else self._optimizer.param_groups[held.group]
         rate, decay = float(group.get("lr", 0.0)) * self.rate_factor, float(group.get("weight_decay", 0.0))
-        pending.finite &= rule.take(grad, rate, decay)
+        status.finite &= held.step(grad, rate, decay)
 
 
-def _release(one: Watched) -> None:
-    """Begin anew with a parameter: a run that broke off leaves its hook behind, which would go on with that run's optimizer."""
+def _release(one: BackwardStep) -> None:
+    """Take off the hook that a run which broke off left on a parameter, and begin its update again."""
     hooks = getattr(one.parameter, "_post_accumulate_grad_hooks", None) or {}
     for key, hook in list(hooks.items()):
-        if isinstance(hook, partial) and getattr(hook.func, "__func__", None) is InBackward._use_up:
+        if isinstance(hook, partial) and getattr(hook.func, "__func__", None) is InBackward._step:
             del hooks[key]
-    pending = one.pending()
-    pending.finite = True
-    pending.updated.clear()
+    status = one.status()
+    status.finite = True
+    status.updated.clear()
 
 
-class _Rule(NamedTuple):
-    """Of a [`Watched`] parameter, which it must not refer to, or it would live as long as its hook."""
+class _Hook(NamedTuple):
+    """A [`BackwardStep`] without its parameter, which would live as long as its hook."""
 
     label: str
-    take: Callable[[Tensor, float, float], bool]
-    pending: Callable[[], Pending]
+    step: Callable[[Tensor, float, float], bool]
+    status: Callable[[], UpdateStatus]
     group: int | None
+
+
+def status_of(layer: GatedLayer, adapter_name: str) -> UpdateStatus:
+    """The state of the adapter's next update on a layer."""
+    return layer.update_status.setdefault(adapter_name, UpdateStatus())
+
+
+def backward_steps(layer: GatedLayer, adapter_name: str) -> list[BackwardStep]:
+    """The parameters of a layer that step within the backward pass.
+
+    The log_alpha of low-memory gates is none of them: autograd never sees its gradient, see [`accumulator`].
+    """
+    status, steps = partial(status_of, layer, adapter_name), []
+    for name, (elements, group_gate) in groups_of(layer, adapter_name).items():
+        key = layer.parameter_key(name)
+        if isinstance(elements, StoredGates):
+            step = partial(_step_gates, layer, adapter_name, name, False)
+            steps.append(BackwardStep(f"the gates of {key}", elements.log_alpha, step, False, status))
+        else:
+            step, w = partial(_step_diff, layer, adapter_name, name), layer.held("diffpruning_w", adapter_name)[name]
+            steps.append(BackwardStep(f"the diff of {key}", w, step, True, status))
+        if group_gate is not None:
+            step = partial(_step_gates, layer, adapter_name, name, True)
+            steps.append(BackwardStep(f"the group gate of {key}", group_gate.log_alpha, step, False, status))
+    return steps
+
+
+def _step_diff(layer: GatedLayer, adapter_name: str, name: str, grad: Tensor, rate: float, decay: float) -> bool:
+    moments = DiffMoments(*(layer.held(kind, adapter_name)[name] for kind in DIFF_MOMENTS))
+    return moments.step(layer.held("diffpruning_w", adapter_name)[name], grad, rate, decay)
+
+
+def _step_gates(
+    layer: GatedLayer, adapter_name: str, name: str, of_group: bool, grad: Tensor, rate: float, decay: float
+) -> bool:
+    """Accumulate the gradient of the elements' gates or of the group's; rate and decay are the optimizer's alone."""
+    gates = groups_of(layer, adapter_name)[name][int(of_group)]
+    assert isinstance(gates, StoredGates)
+    return gates.accumulate(grad)
+
+
+def accumulator(layer: GatedLayer, adapter_name: str, name: str) -> Accumulate | None:
+    """The function that takes the gradient of low-memory gates in the backward pass; None if these are not there or frozen."""
+    gates = low_memory_gates(layer, adapter_name, name)
+    if gates is None or not gates.log_alpha.requires_grad:
+        return None
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "low_memory=True updates tensors within the backward pass, which torch.compile cannot follow; leave the "
+            "model uncompiled, or use low_memory=False"
+        )
+
+    def accumulate(grad: Tensor, rows: Tensor | None) -> None:
+        if not gates.accumulate(grad, rows, layer.fused):
+            status_of(layer, adapter_name).finite = False
+
+    return accumulate
+
+
+def finish_update(layer: GatedLayer, adapter_name: str) -> bool:
+    """Accumulate what autograd left on gates, and begin the next update. Returns whether all gradients were finite.
+
+    Raises:
+        ValueError: gradients that should have been used in the backward pass, or that passed around it.
+    """
+    status = status_of(layer, adapter_name)
+    for one in backward_steps(layer, adapter_name):
+        if one.parameter.grad is not None:
+            if one.in_optimizer:
+                raise ValueError(
+                    f"{one.label} has a gradient, which low_memory=True uses up within the backward pass; call "
+                    "update_in_backward(optimizer) before training"
+                )
+            status.finite &= one.step(one.parameter.grad, 0.0, 0.0)
+            one.parameter.grad = None
+    for name, (elements, _) in groups_of(layer, adapter_name).items():
+        if elements.log_alpha.grad is not None:
+            raise ValueError(
+                f"the gates of {layer.parameter_key(name)} have a gradient that low_memory=True cannot use, of gates that "
+                "were not sampled or of a penalty of one's own; train in model.train(), and let l0_lambda='auto' do the "
+                "rest"
+            )
+    del layer.update_status[adapter_name]
+    return status.finite
 
 
 def check_low_memory() -> None:
@@ -184,8 +213,8 @@ def check_low_memory() -> None:
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if processes > 1:
         raise ValueError(
-            f"low_memory=True uses gradients up before {processes} processes could average them; launch one process, or use "
-            "low_memory=False"
+            f"low_memory=True uses gradients up before {processes} processes could average them; launch one process, or "
+            "use low_memory=False"
         )
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision == "fp16":
         raise ValueError(

@@ -1,85 +1,256 @@
-"""The gates of a model, tensor by tensor, and how many of them are open."""
+"""The gates of an adapter as an update sees them: tensor by tensor, however their gradient and moments are kept."""
+
+from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from diffpeft.gates import kernels
 from diffpeft.gates.hard_concrete import Stretch, open_probability, open_shift
-from diffpeft.gates.small_parameters import SMALL
-from diffpeft.gates.update.low_memory import LeanGates
+from diffpeft.gates.small_parameters import MAX_SMALL_ELEMENTS
+from diffpeft.gates.update import kernels
+from diffpeft.gates.update.kernels import PROBABILITY_UNIT
+
+LOG_ALPHAS = ("diffpruning_log_alpha", "diffpruning_group_log_alpha")
+"""Parameters of a layer: log_alpha of the elements and of the groups."""
+MOMENTS = ("diffpruning_exp_avg", "diffpruning_exp_avg_sq")
+"""Buffers of the elements' gates, as [`StoredGates`] has them."""
+GROUP_MOMENTS = ("diffpruning_group_exp_avg", "diffpruning_group_exp_avg_sq")
+"""Buffers of the group gates."""
+LOW_MEMORY_MOMENTS = (
+    "diffpruning_exp_avg",
+    "diffpruning_exp_avg_scale",
+    "diffpruning_exp_avg_sq_rows",
+    "diffpruning_exp_avg_sq_columns",
+)
+"""Buffers of a large parameter's gates in the low-memory mode, as `LowMemoryGates` has them."""
+DIFF_MOMENTS = ("diffpruning_w_sq_rows", "diffpruning_w_sq_columns", "diffpruning_w_sq_weight")
+"""Buffers of its dense diff, as `DiffMoments` has them."""
+LOW_MEMORY_BUFFERS = (*LOW_MEMORY_MOMENTS[1:], *DIFF_MOMENTS)
+"""Buffers that the low-memory mode alone has."""
+GATING_BUFFERS = (*MOMENTS, *GROUP_MOMENTS, *LOW_MEMORY_BUFFERS)
+
+LINE_ELEMENTS = 16
+"""Neighbours in a sample: as many as memory gives at a time."""
 
 
-class Gates(NamedTuple):
-    """Gates to update, all of one shape: locations, gradient of the task loss, moments."""
+class GateColumns(NamedTuple):
+    """Some gates, flat: fp32 each, and the index of the tensor that each belongs to, int64."""
 
     log_alpha: Tensor
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    owner: Tensor
 
 
-class Group(NamedTuple):
-    """The gates of one parameter tensor: of its elements, and of the whole or None."""
+class ElementGates(Protocol):
+    """The gates of one tensor's elements, or of several tensors', however gradient and moments are kept."""
 
-    elements: Gates | LeanGates
-    whole: Gates | None
+    @property
+    def log_alpha(self) -> Tensor:
+        """Of all elements."""
+
+    def gradient_check(self) -> Tensor | None:
+        """A number that is finite if and only if the gradient is, shape (); None: that is known already."""
+
+    def sample(self, stride: int) -> GateColumns:
+        """One in `stride` of the gates, from all over them."""
+
+    def step(self, rule: Tensor, stretch: Stretch, fused: bool = False) -> Tensor:
+        """Move the gates by the rule of [`diffpeft.gates.update.kernels.automatic`]; returns what [`count_open`] does."""
+
+    def count_open(self, stretch: Stretch, fused: bool = False) -> Tensor:
+        """Sum of P(z > 0) in units of 2^-30, int64, shape (tensors,)."""
+
+
+def every(tensor: Tensor, stride: int) -> Tensor:
+    """One in `stride` of a tensor's elements, from all over it: lines of neighbours if it is long."""
+    flat = tensor.detach() if tensor.is_contiguous() else tensor.detach().reshape(-1)
+    lines = flat.numel() // (LINE_ELEMENTS * stride) if stride > 1 else 0
+    if lines:
+        return flat.as_strided((lines, LINE_ELEMENTS), (LINE_ELEMENTS * stride, 1)).reshape(-1)
+    return flat.as_strided((-(-flat.numel() // stride),), (stride,)).clone()
+
+
+class StoredGates(NamedTuple):
+    """Gates with gradient and moments of full size."""
+
+    log_alpha: Tensor
+    """fp32, any shape."""
+    grad: Tensor | None
+    """Of the task loss, shape of `log_alpha`; None: zero."""
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    def columns(self) -> list[Tensor]:
+        """log_alpha, gradient and the two moments."""
+        grad = torch.zeros_like(self.log_alpha) if self.grad is None else self.grad
+        return [self.log_alpha.detach(), grad, self.exp_avg, self.exp_avg_sq]
+
+    def gradient_check(self) -> Tensor | None:
+        """The gradient's sum."""
+        return None if self.grad is None else self.grad.sum()
+
+    def sample(self, stride: int) -> GateColumns:
+        """One in `stride` of the gates."""
+        columns = [every(column, stride) for column in self.columns()]
+        return GateColumns._make([*columns, torch.zeros_like(columns[0], dtype=torch.int64)])
+
+    def step(self, rule: Tensor, stretch: Stretch, fused: bool = False) -> Tensor:
+        """Move the gates, and count them while they are in a cache."""
+        kernels.automatic(self.columns(), rule, fused=fused)
+        return self.count_open(stretch, fused)
+
+    def count_open(self, stretch: Stretch, fused: bool = False) -> Tensor:
+        """Sum of P(z > 0) in units of 2^-30, int64, shape (1,)."""
+        count: Tensor = kernels.open_elements([self.log_alpha], open_shift(stretch), fused=fused)
+        return count.reshape(1)
+
+    def accumulate(self, grad: Tensor) -> bool:
+        """Add a gradient to the moments. Returns False, and leaves them as they are, where it is not finite."""
+        if not bool(grad.sum().isfinite()):
+            return False
+        self.exp_avg.add_(grad, alpha=1 - kernels.BETAS[0])
+        self.exp_avg_sq.addcmul_(grad, grad, value=1 - kernels.BETAS[1])
+        return True
+
+
+class JoinedGates:
+    """Gates of small tensors, in one: launching loops for each would cost most of the time."""
+
+    def __init__(self, members: Sequence[StoredGates]) -> None:
+        self._members = members
+        self._sizes = [member.log_alpha.numel() for member in members]
+
+    @functools.cached_property
+    def log_alpha(self) -> Tensor:
+        """Of all members, flat."""
+        return torch.cat([member.log_alpha.detach().reshape(-1) for member in self._members])
+
+    @functools.cached_property
+    def _columns(self) -> list[Tensor]:
+        others = list(zip(*(member.columns() for member in self._members), strict=True))[1:]
+        return [self.log_alpha, *(torch.cat([tensor.reshape(-1) for tensor in column]) for column in others)]
+
+    @property
+    def _owner(self) -> Tensor:
+        return _owners(tuple(self._sizes), self.log_alpha.device)
+
+    def gradient_check(self) -> Tensor | None:
+        """The gradients' sum."""
+        return self._columns[1].sum()
+
+    def sample(self, stride: int) -> GateColumns:
+        """One in `stride` of the gates; owners are the members' indices."""
+        return GateColumns._make(every(column, stride) for column in (*self._columns, self._owner))
+
+    def step(self, rule: Tensor, stretch: Stretch, fused: bool = False) -> Tensor:
+        """Move the gates, here and in the members; `rule` may have a column for each gate."""
+        kernels.automatic(self._columns, rule)
+        log_alpha, _, exp_avg, exp_avg_sq = self._columns
+        held = zip(*((m.log_alpha.detach(), m.exp_avg, m.exp_avg_sq) for m in self._members), strict=True)
+        for column, targets in zip((log_alpha, exp_avg, exp_avg_sq), held, strict=True):
+            moved = torch.split(column, self._sizes)
+            torch._foreach_copy_(targets, [part.view(own.shape) for part, own in zip(moved, targets, strict=True)])
+        return self.count_open(stretch)
+
+    def count_open(self, stretch: Stretch, fused: bool = False) -> Tensor:
+        """Sum of P(z > 0) of each member in units of 2^-30, int64, shape (members,)."""
+        units = kernels.open_units(self.log_alpha, open_shift(stretch)).to(torch.int64)
+        return units.new_zeros(len(self._sizes)).index_add_(0, self._owner, units)
 
 
 @functools.lru_cache(maxsize=64)
-def owners(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Whose each element is where tensors of these sizes are joined: int64."""
+def _owners(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Index of each element's tensor where tensors of these sizes are joined: int64."""
     return torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
 
 
-def is_small(group: Group) -> bool:
-    """Whether launching loops for the group would cost most of the time: such are joined."""
-    return isinstance(group.elements, Gates) and group.elements.log_alpha.numel() <= SMALL
+class Group(NamedTuple):
+    """The gates of one parameter: of its elements, and of the whole or None."""
+
+    elements: ElementGates
+    group_gate: StoredGates | None
 
 
-@torch.no_grad()
-def open_elements(groups: Sequence[Group], stretch: Stretch, fused: bool = False) -> Tensor:
-    """Sum over the elements of P(element open) of each group, float64, shape (groups,), group gates left out."""
-    large = {
-        index: kernels.open_elements(group.elements.log_alpha, stretch, fused)
-        for index, group in enumerate(groups)
-        if not is_small(group)
-    }
-    small = [group.elements.log_alpha.reshape(-1) for group in groups if is_small(group)]
-    return added_up(groups, large, torch.cat(small) if small else None, stretch)
+class GateSet:
+    """All gates of an adapter, the small tensors' joined.
 
+    Args:
+        groups: the gates of each parameter.
+    """
 
-def added_up(groups: Sequence[Group], large: dict[int, Tensor], small: Tensor | None, stretch: Stretch) -> Tensor:
-    """What [`open_elements`] returns, from the sums of large groups and the joined locations of small ones."""
-    sums = torch.zeros(len(groups), dtype=torch.int64, device=groups[0].elements.log_alpha.device if groups else None)
-    if large:
-        sums[list(large)] = torch.stack(list(large.values()))
-    if small is not None:
-        which = [index for index, group in enumerate(groups) if is_small(group)]
-        owner = owners(tuple(groups[index].elements.log_alpha.numel() for index in which), small.device)
-        units = kernels.open_units(small, open_shift(stretch)).to(torch.int64)
-        sums[which] = sums.new_zeros(len(which)).index_add_(0, owner, units)
-    return sums.double() / kernels.UNIT
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.sizes = [group.elements.log_alpha.numel() for group in groups]
+        """Number of elements of each group."""
+        small: dict[int, StoredGates] = {}
+        self._units: list[tuple[ElementGates, list[int]]] = []
+        for index, (elements, _) in enumerate(groups):
+            if isinstance(elements, StoredGates) and self.sizes[index] <= MAX_SMALL_ELEMENTS:
+                small[index] = elements
+            else:
+                self._units.append((elements, [index]))
+        if small:
+            self._units.append((JoinedGates(list(small.values())), list(small)))
+        self._group_gates = {index: gate for index, (_, gate) in enumerate(groups) if gate is not None}
+        self._device = groups[0].elements.log_alpha.device if groups else None
 
+    def open_elements(self, stretch: Stretch, fused: bool = False) -> Tensor:
+        """Sum over the elements of P(element open) of each group, float64, shape (groups,), group gates left out."""
+        return self._by_group([gates.count_open(stretch, fused) for gates, _ in self._units])
 
-@torch.no_grad()
-def expected_nonzeros(groups: Sequence[Group], stretch: Stretch, elements: Tensor | None = None) -> float:
-    """Sum over the elements of P(element open) P(group open); `elements` are those of [`open_elements`], if known."""
-    if not groups:
-        return 0.0
-    elements = open_elements(groups, stretch) if elements is None else elements
-    # Gates that are shut far beyond what is counted still have a chance: nobody needs to divide by nought.
-    return max(float((elements * open_wholes(groups, stretch)).sum()), 1 / kernels.UNIT)
+    def open_groups(self, stretch: Stretch) -> Tensor:
+        """P(group open) of each group, fp32, shape (groups,); 1 without a group gate."""
+        chances = torch.ones(len(self.sizes), device=self._device)
+        if self._group_gates:
+            log_alphas = torch.cat([gate.log_alpha.detach() for gate in self._group_gates.values()])
+            chances[list(self._group_gates)] = open_probability(log_alphas, stretch)
+        return chances
 
+    def expected_nonzeros(self, stretch: Stretch, elements: Tensor) -> float:
+        """Sum over the elements of P(element open) P(group open), from what [`open_elements`] gives."""
+        if not self.sizes:
+            return 0.0
+        # Gates that are shut far beyond what is counted still have a chance: nobody needs to divide by zero.
+        return max(float((elements * self.open_groups(stretch)).sum()), 1 / PROBABILITY_UNIT)
 
-def open_wholes(groups: Sequence[Group], stretch: Stretch) -> Tensor:
-    """P(group open) of each group, fp32, shape (groups,); 1 without a group gate."""
-    some = [index for index, group in enumerate(groups) if group.whole is not None]
-    chances = torch.ones(len(groups), device=groups[0].elements.log_alpha.device)
-    if some:
-        locations = torch.cat([whole.log_alpha for index in some if (whole := groups[index].whole)])
-        chances[some] = open_probability(locations, stretch)
-    return chances
+    def sample(self, stride: int) -> GateColumns:
+        """One in `stride` of the gates; owners are the groups' indices."""
+        parts = []
+        for gates, members in self._units:
+            part = gates.sample(stride)
+            index = torch.tensor(members, device=part.owner.device)
+            parts.append(part._replace(owner=index.index_select(0, part.owner)))
+        return GateColumns._make(torch.cat(column) for column in zip(*parts, strict=True))
+
+    def step(self, rule: Tensor, stretch: Stretch, fused: bool = False) -> Tensor:
+        """Move the elements' gates; returns what [`open_elements`] gives then."""
+        return self._by_group([gates.step(rule, stretch, fused) for gates, _ in self._units])
+
+    def step_groups(self, rule: Tensor, elements: Tensor, stretch: Stretch) -> None:
+        """Move the group gates.
+
+        The paper's product would pull on a group with the sum over its elements and shut whole tensors first. Its mean
+        over the elements makes elements decide first; a group goes when nothing in it is worth lambda.
+
+        Args:
+            rule: as [`step`] takes it, shape (5,).
+            elements: what [`open_elements`] gave before the step.
+            stretch: (l, r).
+        """
+        some = [index for index in self._group_gates if self.sizes[index]]
+        if some:
+            sizes = elements.new_tensor([self.sizes[index] for index in some])
+            lambdas = (rule[0] * elements[some] / sizes).float().unsqueeze(0)
+            own_rules = torch.cat([lambdas, rule[1:].unsqueeze(1).expand(-1, len(some))])
+            JoinedGates([self._group_gates[index] for index in some]).step(own_rules, stretch)
+
+    def _by_group(self, counts: Sequence[Tensor]) -> Tensor:
+        sums = torch.zeros(len(self.sizes), dtype=torch.int64, device=self._device)
+        if counts:
+            sums[[index for _, members in self._units for index in members]] = torch.cat(list(counts))
+        return sums.double() / PROBABILITY_UNIT

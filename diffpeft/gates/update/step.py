@@ -1,0 +1,113 @@
+"""One update of an adapter's gates, and how many of them are open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from diffpeft.gates.hard_concrete import Stretch, open_logit
+from diffpeft.gates.update import rules
+from diffpeft.gates.update.collect import GatedLayer, collect, log_alphas
+from diffpeft.gates.update.in_backward import finish_update
+from diffpeft.gates.update.rules import StepSettings, StoredGroup
+from diffpeft.gates.update.state import GateSet
+
+
+class GatingConfig(Protocol):
+    """The settings of `DiffPruningConfig` that decide how gates move."""
+
+    stretch: Stretch
+    init_log_alpha: float
+    l0_lambda: float | Literal["auto"]
+    target_density: float
+    gate_learning_rate: float | None
+    group_penalty: str
+    low_memory: bool
+
+
+class OpenCount(NamedTuple):
+    """How many gates of an adapter are open."""
+
+    version: Any
+    """Equal for as long as no gate moves."""
+    elements: Tensor
+    """Sum of P(element open) of each group, float64, shape (groups,)."""
+    expected: float
+    """The expected number of nonzeros."""
+
+
+class Progress(NamedTuple):
+    """How far gating has come."""
+
+    step: int
+    """Updates done so far, from 0."""
+    gating_steps: int
+    """Length of the gating phase."""
+    total: int
+    """Parameters of the base model, which the target density is a share of."""
+
+
+def gates_version(layers: Sequence[GatedLayer], adapter_name: str) -> Any:
+    """A value that differs once any gate of the adapter has moved."""
+    generations = [layer.generations.get(adapter_name) for layer in layers]
+    return adapter_name, generations, [(own._version, own.data_ptr()) for own in log_alphas(layers, adapter_name)]
+
+
+@torch.no_grad()
+def count_open(
+    layers: Sequence[GatedLayer], adapter_name: str, stretch: Stretch, known: OpenCount | None = None
+) -> OpenCount:
+    """How many gates of an adapter are open; what is `known`, if no gate has moved since."""
+    version = gates_version(layers, adapter_name)
+    if known is not None and known.version == version:
+        return known
+    gates = GateSet(collect(layers, adapter_name))
+    elements = gates.open_elements(stretch, any(layer.fused for layer in layers))
+    return OpenCount(version, elements, gates.expected_nonzeros(stretch, elements))
+
+
+@torch.no_grad()
+def gate_step(
+    layers: Sequence[GatedLayer],
+    adapter_name: str,
+    config: GatingConfig,
+    progress: Progress,
+    known: OpenCount | None = None,
+) -> tuple[float, OpenCount | None]:
+    """Move an adapter's gates once, from the gradients of the task loss on them, and clear these gradients.
+
+    Returns:
+        The lambda that was used, NaN if gradients were not finite; and how many gates are open, if that is known.
+    """
+    finished = [finish_update(layer, adapter_name) for layer in layers] if config.low_memory else []
+    groups, fused = collect(layers, adapter_name), any(layer.fused for layer in layers)
+    checks = [check for group in groups if (check := group.elements.gradient_check()) is not None]
+    l0_lambda = math.nan
+    if all(finished) and (not checks or bool(torch.stack(checks).sum().isfinite())):
+        if config.l0_lambda == "auto":
+            before, gates = count_open(layers, adapter_name, config.stretch, known), GateSet(groups)
+            ratio = _wanted_nonzeros(config, progress, sum(gates.sizes)) / before.expected
+            max_step = rules.automatic_max_step(progress.step, progress.gating_steps, config.gate_learning_rate)
+            settings = StepSettings(progress.step, max_step, config.stretch, fused, config.low_memory)
+            l0_lambda, elements = rules.automatic_step(gates, ratio, before.elements, settings)
+            expected = gates.expected_nonzeros(config.stretch, elements)
+            known = OpenCount(gates_version(layers, adapter_name), elements, expected)
+        else:
+            max_step, l0_lambda = config.gate_learning_rate or rules.PAPER_MAX_STEP, float(config.l0_lambda)
+            settings = StepSettings(progress.step, max_step, config.stretch, fused)
+            # The config allows the low-memory mode with the automatic rule alone.
+            rules.fixed_lambda_step(cast("list[StoredGroup]", groups), l0_lambda, config.group_penalty, settings)
+    for log_alpha in log_alphas(layers, adapter_name):
+        log_alpha.grad = None
+    return l0_lambda, known
+
+
+def _wanted_nonzeros(config: GatingConfig, progress: Progress, count: int) -> float:
+    """Expected number of nonzeros after this step, of `count` gates."""
+    start = count * float(torch.sigmoid(open_logit(torch.tensor(config.init_log_alpha), config.stretch)))
+    target = min(start, config.target_density * progress.total)
+    return rules.density_schedule(progress.step, progress.gating_steps, start, target)
