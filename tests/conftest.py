@@ -51,7 +51,7 @@ def tiny_bert() -> Callable[..., BertForSequenceClassification]:
 @pytest.fixture
 def lean_tiny_bert(tiny_bert, monkeypatch: pytest.MonkeyPatch) -> Callable[..., BertForSequenceClassification]:
     """`tiny_bert`, whose matrices are large enough for the low-memory mode."""
-    monkeypatch.setattr(factored, "LARGE", 1000)
+    monkeypatch.setattr(factored, "MIN_LARGE_ELEMENTS", 1001)
     return tiny_bert
 
 

@@ -4,6 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from gate_groups import penalty_gradient
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from diffpeft import DiffPruningConfig, DiffPruningLayer, DiffPruningModel
+from diffpeft.gates.update.collect import collect
 
 CONFIG = {"task_type": "SEQ_CLS", "target_density": 0.02}
 
@@ -184,12 +186,10 @@ def test_l0_penalty_counts_and_has_the_closed_forms_gradient(tiny_bert):
     penalty = tuner.l0_penalty()
     assert penalty.item() == pytest.approx(tuner.expected_nonzeros(), rel=1e-5)
     penalty.backward()
-    group = tuner._groups("default", list(model.base_model.all_layers()))[0]
-    from diffpeft.gates.update.rules import penalty_gradient
-
+    group = collect(tuner.all_layers(), "default")[0]
     expected = penalty_gradient(group, (-1.5, 1.5), "product")
     assert torch.allclose(group.elements.grad, expected[0])
-    assert torch.allclose(group.whole.grad, expected[1])
+    assert torch.allclose(group.group_gate.grad, expected[1])
 
 
 def test_gate_step_leaves_nothing_for_the_optimizer(tiny_bert, batch):

@@ -31,13 +31,13 @@ def add_one(x: Tensor) -> None:
 def checked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
     """What torch.compile was asked to look at."""
     calls: list[object] = []
-    check = compiling._Compiled._check
+    check = compiling.CompiledChain.check
 
-    def noting(self: compiling._Compiled, arguments: list[object]) -> object:
-        calls.append(arguments)
-        return check(self, arguments)
+    def noting(self: compiling.CompiledChain, arguments: list[object], leaves: list[object]) -> object:
+        calls.append((arguments, leaves))
+        return check(self, arguments, leaves)
 
-    monkeypatch.setattr(compiling._Compiled, "_check", noting)
+    monkeypatch.setattr(compiling.CompiledChain, "check", noting)
     compiling.compiled.cache_clear()
     yield calls
     compiling.compiled.cache_clear()
@@ -82,7 +82,7 @@ def test_shapes_that_will_not_come_again_are_not_kept(device, checked):
     for size in (40, 41, 40):
         x = torch.zeros(size, device=device)
         gone = weakref.ref(x)
-        compile_and_run(add_one, x, again=False)
+        compile_and_run(add_one, x, keep=False)
         del x
         checked[-1] = None
         gc.collect()
@@ -91,7 +91,7 @@ def test_shapes_that_will_not_come_again_are_not_kept(device, checked):
 
 
 def test_no_more_is_kept_than_there_is_room_for(checked, monkeypatch):
-    monkeypatch.setattr(compiling, "MOST_LAUNCHES", 2)
+    monkeypatch.setattr(compiling, "MAX_LAUNCHES", 2)
     for size in (40, 50, 60, 40, 50, 60):
         run(torch.randn(size), 2.0, torch.ones(()))
     assert len(checked) == 4

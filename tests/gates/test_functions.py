@@ -1,4 +1,4 @@
-"""Parameters under sampled gates, and the layers that make them anew: values, gradients and noise of the plain form."""
+"""Parameters under sampled gates, and the layers that make them again: values, gradients and noise of the plain form."""
 
 import logging
 import shutil
@@ -14,9 +14,17 @@ from diffpeft import DiffPruningConfig
 from diffpeft.gates import compile as compiling
 from diffpeft.gates import hard_concrete as gates
 from diffpeft.gates import kernels
-from diffpeft.gates.functions import Sample, sampled_embedding, sampled_linear, sampled_parameter
-from diffpeft.gates.noise import new_seed, parts, uniform
-from diffpeft.gates.workspace import Scratch
+from diffpeft.gates.functions import (
+    GatedTensors,
+    GateSample,
+    gated_embedding,
+    gated_linear,
+    gated_parameter_sampled,
+)
+from diffpeft.gates.noise import new_seed, seed_words, uniform
+from diffpeft.gates.update import kernels as update_kernels
+from diffpeft.gates.update.state import StoredGates
+from diffpeft.gates.workspace import Workspace
 from diffpeft.tuner import injection
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
@@ -39,8 +47,8 @@ def fused(request: pytest.FixtureRequest) -> Iterator[bool]:
     assert not compiling.broken, "what was to be compiled ran eagerly"
 
 
-def sample(fused: bool = False) -> Sample:
-    return Sample(new_seed(), STRETCH, fused, Scratch())
+def sample(fused: bool = False) -> GateSample:
+    return GateSample(new_seed(), STRETCH, fused, Workspace())
 
 
 def make_leaves(shape: tuple[int, ...], device: str, structured: bool = True, spread: float = 2.0) -> Leaves:
@@ -51,11 +59,11 @@ def make_leaves(shape: tuple[int, ...], device: str, structured: bool = True, sp
     return {name: None if leaf is None else leaf.to(device).requires_grad_() for name, leaf in named.items()}
 
 
-def plain_parameter(base: Tensor, w: Tensor, log_alpha: Tensor, group: Tensor | None, how: Sample) -> Tensor:
+def plain_parameter(base: Tensor, w: Tensor, log_alpha: Tensor, group: Tensor | None, how: GateSample) -> Tensor:
     """The same with the noise written out."""
-    places = torch.arange(w.numel() + 1, dtype=torch.int32, device=w.device)
-    noise = uniform(parts(how.seed, w.device), places)
-    return gates.gated_parameter(base, w, log_alpha, group, STRETCH, noise[:-1].view(w.shape), noise[-1:])
+    positions = torch.arange(w.numel() + 1, dtype=torch.int32, device=w.device)
+    noise = uniform(seed_words(how.seed, w.device), positions)
+    return gates.gated_parameter(base, w, log_alpha, group, STRETCH, (noise[:-1].view(w.shape), noise[-1:]))
 
 
 def gradients(leaves: Leaves, function: Callable[..., Tensor], weight: Tensor) -> list[Tensor]:
@@ -80,7 +88,7 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], rtol: float = 1e-5
 def test_a_sampled_parameter_is_the_plain_one(device, fused, shape, dtype, structured):
     leaves, base = make_leaves(shape, device, structured), torch.randn(shape, device=device).to(dtype)
     weight, how = torch.randn(shape, device=device).to(dtype), sample(fused)
-    actual = gradients(leaves, lambda *own: sampled_parameter(base, *own, how), weight)
+    actual = gradients(leaves, lambda *own: gated_parameter_sampled(GatedTensors(base, *own), how), weight)
     assert_same(actual, gradients(leaves, lambda *own: plain_parameter(base, *own, how), weight))
 
 
@@ -88,24 +96,30 @@ def test_a_sampled_parameter_is_the_plain_one(device, fused, shape, dtype, struc
 def test_parameters_of_hardly_any_element(device, shape):
     leaves, base, how = make_leaves(shape, device), torch.randn(shape, device=device), sample(True)
     weight = torch.ones(shape, device=device)
-    actual = gradients(leaves, lambda *own: sampled_parameter(base, *own, how), weight)
+    actual = gradients(leaves, lambda *own: gated_parameter_sampled(GatedTensors(base, *own), how), weight)
     assert_same(actual, gradients(leaves, lambda *own: plain_parameter(base, *own, how), weight))
 
 
-def test_pieces_have_the_noise_of_the_whole(device, monkeypatch):
+def test_chunks_have_the_noise_of_the_whole(device, monkeypatch):
     leaves, base, how = make_leaves((9, 11), device), torch.randn(9, 11, device=device), sample()
-    whole = gradients(leaves, lambda *own: sampled_parameter(base, *own, how), torch.ones(9, 11, device=device))
-    monkeypatch.setattr(kernels, "PIECE", 16)
-    pieces = gradients(leaves, lambda *own: sampled_parameter(base, *own, how), torch.ones(9, 11, device=device))
-    assert_same(pieces, whole)
+    whole = gradients(
+        leaves, lambda *own: gated_parameter_sampled(GatedTensors(base, *own), how), torch.ones(9, 11, device=device)
+    )
+    monkeypatch.setattr(compiling, "CHUNK_ELEMENTS", 16)
+    chunks = gradients(
+        leaves, lambda *own: gated_parameter_sampled(GatedTensors(base, *own), how), torch.ones(9, 11, device=device)
+    )
+    assert_same(chunks, whole)
 
 
 def test_memory_layout_does_not_matter(device):
     leaves, base, how = make_leaves((2, 3, 4, 5), device), torch.randn(2, 3, 4, 5, device=device), sample(True)
     weight = torch.randn(2, 3, 4, 5, device=device)
-    expected = gradients(leaves, lambda *own: sampled_parameter(base, *own, how), weight)
+    expected = gradients(leaves, lambda *own: gated_parameter_sampled(GatedTensors(base, *own), how), weight)
     base = base.contiguous(memory_format=torch.channels_last)
-    assert_same(gradients(leaves, lambda *own: sampled_parameter(base, *own, how), weight), expected)
+    assert_same(
+        gradients(leaves, lambda *own: gated_parameter_sampled(GatedTensors(base, *own), how), weight), expected
+    )
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -117,7 +131,7 @@ def test_a_sampled_linear_layer_is_one_with_the_plain_parameter(device, fused, r
     weight = torch.randn(*rows, 5, device=device)
 
     def own(w: Tensor, log_alpha: Tensor, group: Tensor, x: Tensor, bias: Tensor) -> Tensor:
-        return sampled_linear(x, bias, base, w, log_alpha, group, how).float()
+        return gated_linear(x, bias, GatedTensors(base, w, log_alpha, group), how).float()
 
     def plain(w: Tensor, log_alpha: Tensor, group: Tensor, x: Tensor, bias: Tensor) -> Tensor:
         return functional.linear(x, plain_parameter(base, w, log_alpha, group, how), bias).float()
@@ -131,7 +145,7 @@ def test_a_sampled_embedding_is_one_with_the_plain_parameter(device, fused, padd
     leaves, base, how = make_leaves((10, 6), device), torch.randn(10, 6, device=device), sample(fused)
     ids = torch.tensor([[1, 3, 3], [9, 1, 0]], device=device)
     weight = torch.randn(2, 3, 6, device=device)
-    actual = gradients(leaves, lambda *own: sampled_embedding(ids, padding_idx, base, *own, how), weight)
+    actual = gradients(leaves, lambda *own: gated_embedding(ids, padding_idx, GatedTensors(base, *own), how), weight)
     expected = gradients(
         leaves, lambda *own: functional.embedding(ids, plain_parameter(base, *own, how), padding_idx), weight
     )
@@ -143,7 +157,7 @@ def test_nothing_but_the_input_is_kept_for_backward():
     x, kept = torch.randn(4, 6, requires_grad=True), []
     known = {tensor.data_ptr() for tensor in (x, base, leaves["w"], leaves["log_alpha"])}
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
-        output = sampled_linear(x, None, base, *leaves.values(), sample())
+        output = gated_linear(x, None, GatedTensors(base, *leaves.values()), sample())
     assert set(kept) == known
     weights = [ctx for ctx in vars(output.grad_fn.gates).values() if isinstance(ctx, Tensor)]
     assert all(tensor.numel() <= 4 for tensor in weights)
@@ -154,9 +168,9 @@ def makings(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Where effective parameters were made."""
     made, make = [], kernels.effective
 
-    def noting(out: Tensor, *others: object) -> None:
-        made.append(out)
-        make(out, *others)
+    def noting(tensors: tuple[Tensor, ...], *others: object, **options: object) -> None:
+        made.append(tensors[0])
+        make(tensors, *others, **options)
 
     monkeypatch.setattr(kernels, "effective", noting)
     return made
@@ -167,16 +181,17 @@ def makings(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def test_a_kept_weight_is_made_once_unless_its_memory_was_used(makings, between, dtype):
     leaves, base = make_leaves((5, 6), "cpu"), torch.randn(5, 6).to(dtype)
     leaves["x"] = torch.randn(4, 6).to(dtype).requires_grad_()
-    weight, how = torch.randn(4, 5).to(dtype), sample()._replace(keep="this")
+    weight, how = torch.randn(4, 5).to(dtype), sample()._replace(reserve_as="this")
 
     def own(w: Tensor, log_alpha: Tensor, group: Tensor, x: Tensor) -> Tensor:
-        result = sampled_linear(x, None, base, w, log_alpha, group, how)
+        tensors = GatedTensors(base, w, log_alpha, group)
+        result = gated_linear(x, None, tensors, how)
         if between == "another pass":
-            sampled_linear(x, None, base, w, log_alpha, group, how._replace(seed=new_seed()))
+            gated_linear(x, None, tensors, how._replace(seed=new_seed()))
         elif between == "another layer":
-            sampled_linear(x, None, base, w, log_alpha, group, how._replace(seed=new_seed(), keep="other"))
+            gated_linear(x, None, tensors, how._replace(seed=new_seed(), reserve_as="other"))
         elif between == "clearing":
-            how.scratch.clear()
+            how.workspace.clear()
         return result
 
     def plain(w: Tensor, log_alpha: Tensor, group: Tensor, x: Tensor) -> Tensor:
@@ -188,30 +203,31 @@ def test_a_kept_weight_is_made_once_unless_its_memory_was_used(makings, between,
 
 
 def test_a_weight_that_backward_does_not_need_is_not_kept(makings):
-    leaves, how = make_leaves((5, 6), "cpu"), sample()._replace(keep="this")
-    sampled_linear(torch.randn(4, 6), None, torch.randn(5, 6), *leaves.values(), how).sum().backward()
+    leaves, how = make_leaves((5, 6), "cpu"), sample()._replace(reserve_as="this")
+    tensors = GatedTensors(torch.randn(5, 6), *leaves.values())
+    gated_linear(torch.randn(4, 6), None, tensors, how).sum().backward()
     assert len(makings) == 1
-    assert not how.scratch._claims
+    assert not how.workspace.uses()
 
 
 def test_gates_that_moved_before_backward_are_noticed():
     leaves = make_leaves((8, 6), "cpu")
-    output = sampled_linear(torch.randn(4, 6), None, torch.randn(8, 6), *leaves.values(), sample())
+    output = gated_linear(torch.randn(4, 6), None, GatedTensors(torch.randn(8, 6), *leaves.values()), sample())
     with torch.no_grad():
         leaves["log_alpha"].add_(1)
     with pytest.raises(RuntimeError, match="inplace"):
         output.sum().backward()
 
 
-def test_scratch_memory_is_used_again_and_grows():
-    scratch = Scratch()
-    first = scratch.take("weight", torch.Size((4, 5)), torch.float32, torch.device("cpu"))
-    again = scratch.take("weight", torch.Size((5, 2)), torch.float32, torch.device("cpu"))
+def test_memory_of_a_workspace_is_used_again_and_grows():
+    workspace = Workspace()
+    first = workspace.take("weight", torch.Size((4, 5)), torch.float32, torch.device("cpu"))
+    again = workspace.take("weight", torch.Size((5, 2)), torch.float32, torch.device("cpu"))
     assert again.shape == (5, 2)
     assert again.data_ptr() == first.data_ptr()
-    other = scratch.take("gradient", torch.Size((5, 2)), torch.float32, torch.device("cpu"))
+    other = workspace.take("gradient", torch.Size((5, 2)), torch.float32, torch.device("cpu"))
     assert other.data_ptr() != first.data_ptr()
-    assert scratch.take("weight", torch.Size((9, 9)), torch.float32, torch.device("cpu")).shape == (9, 9)
+    assert workspace.take("weight", torch.Size((9, 9)), torch.float32, torch.device("cpu")).shape == (9, 9)
 
 
 @COMPILED
@@ -225,12 +241,13 @@ def test_compiled_updates_of_gates_are_the_eager_ones(device, shape):
     results = []
     for fused in (False, True):
         automatic, fixed = ([tensor.clone() for tensor in state] for _ in range(2))
-        counted = kernels.automatic_(*automatic, STRETCH, rule, fused)
-        assert counted == kernels.open_elements(automatic[0], STRETCH, fused)
-        kernels.adam_(*fixed, STRETCH, weight, rule[2:].contiguous(), fused)
-        square = kernels.penalised_square(state[1], state[0], STRETCH, weight, fused)
-        opened = kernels.open_elements(state[0], STRETCH, fused)
-        results.append([*automatic, *fixed, square, opened.float() / kernels.UNIT])
+        shift = gates.open_shift(STRETCH)
+        counted = StoredGates(*automatic).step(rule, STRETCH, fused)
+        assert counted == update_kernels.open_elements(automatic[:1], shift, fused=fused)
+        update_kernels.adam(fixed, shift, weight, rule[2:].contiguous(), fused=fused)
+        square = update_kernels.penalised_square((state[1], state[0]), shift, weight, fused=fused)
+        opened = update_kernels.open_elements(state[:1], shift, fused=fused)
+        results.append([*automatic, *fixed, square, opened.float() / update_kernels.PROBABILITY_UNIT])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
     assert not compiling.broken
     expected = gates.open_probability(state[0].double(), STRETCH).sum()
@@ -245,7 +262,9 @@ def test_without_a_compiler_the_gates_run_eagerly_and_say_so(monkeypatch, caplog
     monkeypatch.setattr(compiling, "compiled", lambda *_: no_compiler)
     leaves, base, how = make_leaves((5, 6), "cpu"), torch.randn(5, 6), sample(True)
     with caplog.at_level(logging.WARNING, "diffpeft"):
-        actual = gradients(leaves, lambda *own: sampled_parameter(base, *own, how), torch.ones(5, 6))
+        actual = gradients(
+            leaves, lambda *own: gated_parameter_sampled(GatedTensors(base, *own), how), torch.ones(5, 6)
+        )
     assert_same(actual, gradients(leaves, lambda *own: plain_parameter(base, *own, how), torch.ones(5, 6)))
     told = [record.message for record in caplog.records]
     assert len(told) == 1
@@ -254,6 +273,6 @@ def test_without_a_compiler_the_gates_run_eagerly_and_say_so(monkeypatch, caplog
 
 def test_the_whole_model_compiles_its_chains_from_a_size_on(monkeypatch):
     for limit, expected in ((21, False), (20, True)):
-        monkeypatch.setattr(injection, "WORTH_FUSING", limit)
+        monkeypatch.setattr(injection, "MIN_COMPILED_GATES", limit)
         model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), DiffPruningConfig())
         assert [layer.fused for layer in model.base_model.all_layers()] == [expected]

@@ -14,7 +14,7 @@ from diffpeft.gates import hard_concrete as gates
 from diffpeft.gates import noise as noise_module
 
 STRETCHES = [(-1.5, 1.5), (-0.1, 1.1)]
-locations = st.lists(st.floats(-1e4, 1e4, width=32), max_size=20).map(torch.tensor)
+log_alphas = st.lists(st.floats(-1e4, 1e4, width=32), max_size=20).map(torch.tensor)
 noises = st.floats(noise_module.NOISE_MARGIN, 1 - noise_module.NOISE_MARGIN)
 stretches = st.tuples(st.floats(-3, -0.01), st.floats(1.01, 3))
 
@@ -25,7 +25,7 @@ def uniform(*shape: int, seed: int = 0) -> Tensor:
 
 def stream(count: int, device: str) -> Tensor:
     """Noise as the layers use it."""
-    seed = noise_module.parts(noise_module.new_seed(), torch.device(device))
+    seed = noise_module.seed_words(noise_module.new_seed(), torch.device(device))
     return noise_module.uniform(seed, torch.arange(count, dtype=torch.int32, device=device))
 
 
@@ -33,15 +33,15 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@given(locations, noises, stretches)
-def test_gates_lie_between_0_and_1_at_any_location(device, log_alpha, noise, stretch):
+@given(log_alphas, noises, stretches)
+def test_gates_lie_between_0_and_1_at_any_log_alpha(device, log_alpha, noise, stretch):
     log_alpha = log_alpha.to(device)
     z = gates.gate(log_alpha, torch.full_like(log_alpha, noise), stretch)
     assert z.shape == log_alpha.shape
     assert bool(((z >= 0) & (z <= 1)).all())
 
 
-@given(locations, stretches)
+@given(log_alphas, stretches)
 def test_a_deterministic_gate_is_the_gate_of_the_median_noise(device, log_alpha, stretch):
     log_alpha = log_alpha.to(device)
     half = torch.full_like(log_alpha, 0.5)
@@ -49,7 +49,7 @@ def test_a_deterministic_gate_is_the_gate_of_the_median_noise(device, log_alpha,
 
 
 @given(st.floats(-8, 8), st.tuples(noises, noises).map(sorted), stretches)
-def test_a_gate_opens_with_its_noise_and_its_location(log_alpha, noise, stretch):
+def test_a_gate_opens_with_its_noise_and_its_log_alpha(log_alpha, noise, stretch):
     low, high = (gates.gate(torch.tensor([log_alpha]), torch.tensor([u]), stretch) for u in noise)
     further = gates.gate(torch.tensor([log_alpha + 1]), torch.tensor([noise[0]]), stretch)
     assert low <= high + 1e-5
@@ -87,19 +87,18 @@ def plain_effective(
     log_alpha: Tensor,
     group_log_alpha: Tensor | None,
     stretch: tuple[float, float],
-    noise: Tensor | None,
-    group_noise: Tensor | None,
+    noise: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
     """The effective parameter in float64, one autograd operation after the other."""
 
-    def z(location: Tensor, u: Tensor | None) -> Tensor:
-        u = torch.full_like(location, 0.5) if u is None else u.double()
-        s = torch.sigmoid(torch.log(u) - torch.log(1 - u) + location)
+    def z(log_alpha: Tensor, u: Tensor | None) -> Tensor:
+        u = torch.full_like(log_alpha, 0.5) if u is None else u.double()
+        s = torch.sigmoid(torch.log(u) - torch.log(1 - u) + log_alpha)
         return torch.clamp(s * (stretch[1] - stretch[0]) + stretch[0], 0, 1)
 
-    delta = z(log_alpha, noise) * w
+    delta = z(log_alpha, noise[0]) * w
     if group_log_alpha is not None:
-        delta = delta * z(group_log_alpha, group_noise).squeeze()
+        delta = delta * z(group_log_alpha, noise[1]).squeeze()
     return base.double() + delta
 
 
@@ -117,13 +116,6 @@ def doubled(tensors: list[Tensor | None]) -> list[Tensor | None]:
     return [None if tensor is None else tensor.double() for tensor in tensors]
 
 
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a small tensor be worked on in several pieces, the last one smaller."""
-    monkeypatch.setattr(gates, "PIECE", 16)
-
-
-@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
 @pytest.mark.parametrize("sampled", [True, False], ids=["sampled", "deterministic"])
 @pytest.mark.parametrize("structured", [True, False], ids=["structured", "unstructured"])
@@ -135,7 +127,7 @@ def test_effective_parameter_and_gradients_are_those_of_plain_autograd(device, s
     noise = uniform(*shape, seed=6).to(device) if sampled else None
     group_noise = torch.full((1,), 0.45, device=device) if sampled and structured else None
     for stretch in STRETCHES:
-        settings = base, stretch, noise, group_noise
+        settings = base, stretch, (noise, group_noise)
         actual = result_and_gradients(gates.gated_parameter, leaves, upstream, *settings)
         expected = result_and_gradients(plain_effective, doubled(leaves), upstream.double(), *settings)
         assert [tensor.dtype for tensor in actual] == [dtype] + [torch.float32] * (2 + structured)
@@ -143,7 +135,6 @@ def test_effective_parameter_and_gradients_are_those_of_plain_autograd(device, s
         torch.testing.assert_close(doubled(actual[1:]), expected[1:], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("which", ["w", "log_alpha", "upstream", "base", "noise"])
 def test_memory_layout_does_not_matter(device, which):
     names = ["w", "log_alpha", "upstream", "base", "noise"]
@@ -152,7 +143,7 @@ def test_memory_layout_does_not_matter(device, which):
         t.to(memory_format=torch.channels_last) if name == which else t for name, t in zip(names, plain, strict=True)
     ]
     results = [
-        result_and_gradients(gates.gated_parameter, [w, log_alpha, None], upstream, base, (-1.5, 1.5), noise)
+        result_and_gradients(gates.gated_parameter, [w, log_alpha, None], upstream, base, (-1.5, 1.5), (noise, None))
         for w, log_alpha, upstream, base, noise in (other, plain)
     ]
     torch.testing.assert_close(*results)
@@ -171,14 +162,13 @@ def test_torchs_default_dtype_does_not_matter(device):
     w, log_alpha, upstream, base = (normal(50, seed=seed).to(device, torch.float32) for seed in range(4))
     noise = stream(log_alpha.numel(), device)
     assert noise.dtype == torch.float32
-    settings = upstream, base, (-1.5, 1.5), noise, None
+    settings = upstream, base, (-1.5, 1.5), (noise, None)
     actual = result_and_gradients(gates.gated_parameter, [w, log_alpha, None], *settings)
     expected = result_and_gradients(plain_effective, doubled([w, log_alpha, None]), upstream.double(), *settings[1:])
     torch.testing.assert_close(doubled(actual), expected, rtol=1e-4, atol=1e-5)
     assert {tensor.dtype for tensor in actual} == {torch.float32}
 
 
-@pytest.mark.usefixtures("small_pieces")
 def test_gradients_of_a_sum_arrive_expanded(device):
     w = normal(5, 5).to(device).requires_grad_()
     open_wide = torch.full((5, 5), 50.0, device=device)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from diffpeft.gates import compile as compiling
 from diffpeft.gates import hard_concrete as gates
 from diffpeft.gates.scores import GatedDiff
 from diffpeft.sparse.top_k import global_top_k
@@ -20,8 +21,8 @@ Parts = tuple[Tensor, Tensor | None, Tensor | None]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(gates, "PIECE", 64)
-    monkeypatch.setattr(gates, "GPU_PIECE", 64)
+    monkeypatch.setattr(compiling, "CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr(compiling, "GPU_CHUNK_ELEMENTS", 64)
 
 
 def dense(w: Tensor, log_alpha: Tensor | None, group: Tensor | None, stretch: tuple[float, float]) -> Tensor:

@@ -6,10 +6,10 @@ from peft import get_peft_model
 from torch import nn
 
 from diffpeft import DiffPruningConfig
-from diffpeft.gates.functions import Sample, sampled_parameter
+from diffpeft.gates.functions import GatedTensors, GateSample, gated_parameter_sampled
 from diffpeft.gates.noise import new_seed
-from diffpeft.gates.small_parameters import Part, sampled_together
-from diffpeft.gates.workspace import Scratch
+from diffpeft.gates.small_parameters import SmallParameter, small_parameters
+from diffpeft.gates.workspace import Workspace
 from diffpeft.layer import layer
 
 STRETCH = (-1.5, 1.5)
@@ -23,12 +23,12 @@ def make_parts(device, structured, dtype=torch.float32):
         base = torch.randn(shape, device=device).to(dtype)
         w, log_alpha = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
         group = torch.full((1,), 0.3, device=device, requires_grad=True) if structured else None
-        parts.append(Part(base, w, log_alpha, group, new_seed()))
+        parts.append(SmallParameter(GatedTensors(base, w, log_alpha, group), new_seed()))
     return parts
 
 
 def leaves_of(parts):
-    return [leaf for part in parts for leaf in part[1:4] if leaf is not None]
+    return [leaf for part in parts for leaf in part.tensors[1:] if leaf is not None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -36,13 +36,16 @@ def leaves_of(parts):
 @pytest.mark.parametrize("used", [(0, 1, 2, 3), (1, 3)])
 def test_values_and_gradients_are_those_of_each_alone(device, structured, dtype, used):
     parts = make_parts(device, structured, dtype)
-    upstream = [torch.randn(part.base.shape, device=device).to(dtype) for part in parts]
+    upstream = [torch.randn(part.tensors.base.shape, device=device).to(dtype) for part in parts]
     results = []
     for alone in (False, True):
         if alone:
-            made = [sampled_parameter(*part[:4], Sample(part.seed, STRETCH, False, Scratch())) for part in parts]
+            made = [
+                gated_parameter_sampled(part.tensors, GateSample(part.seed, STRETCH, False, Workspace()))
+                for part in parts
+            ]
         else:
-            made = list(sampled_together(parts, STRETCH))
+            made = list(small_parameters(parts, STRETCH))
         for leaf in leaves_of(parts):
             leaf.grad = None
         torch.autograd.backward([made[index] for index in used], [upstream[index] for index in used])
@@ -59,7 +62,7 @@ def test_values_and_gradients_are_those_of_each_alone(device, structured, dtype,
 def test_backward_may_come_through_the_parts_one_by_one(device):
     parts = make_parts(device, True)
     for at_once in (True, False):
-        made = sampled_together(parts, STRETCH)
+        made = small_parameters(parts, STRETCH)
         losses = [tensor.square().sum() for tensor in made]
         if at_once:
             sum(losses).backward()
@@ -75,8 +78,8 @@ def test_backward_may_come_through_the_parts_one_by_one(device):
 @pytest.mark.parametrize("structured", [True, False])
 def test_a_model_learns_the_same_either_way(tiny_bert, batch, monkeypatch, structured):
     results = []
-    for most in (layer.SMALL, 0):
-        monkeypatch.setattr(layer, "SMALL", most)
+    for most in (layer.MAX_SMALL_ELEMENTS, 0):
+        monkeypatch.setattr(layer, "MAX_SMALL_ELEMENTS", most)
         torch.manual_seed(0)
         config = DiffPruningConfig(task_type="SEQ_CLS", structured=structured, init_weights=False, init_log_alpha=0.0)
         model = get_peft_model(tiny_bert(), config).train()
@@ -104,9 +107,9 @@ def test_small_parameters_of_a_pass_are_made_once(monkeypatch):
 
     def counted(parts, stretch):
         calls.append(len(parts))
-        return sampled_together(parts, stretch)
+        return small_parameters(parts, stretch)
 
-    monkeypatch.setattr(layer, "sampled_together", counted)
+    monkeypatch.setattr(layer, "small_parameters", counted)
     model = get_peft_model(Norms(), DiffPruningConfig(target_density=0.5)).train()
     x = torch.randn(2, 4)
     model(x)

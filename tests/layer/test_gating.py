@@ -10,11 +10,12 @@ from peft import PeftModel
 from transformers import AlbertConfig, AlbertForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from diffpeft.gates import hard_concrete as gates
-from diffpeft.gates.kernels import BETAS
-from diffpeft.gates.update.low_memory import LeanGates
+from diffpeft.gates.update.collect import groups_of
+from diffpeft.gates.update.kernels import BETAS
+from diffpeft.gates.update.low_memory import LowMemoryGates
 
 
-def lean_model(base, optimizer=True, **config):
+def low_memory_model(base, optimizer=True, **config):
     model = make(base, low_memory=True, **config)
     model.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     model.updates = model.base_model.update_in_backward(model.optimizer) if optimizer else None
@@ -31,12 +32,12 @@ def parts_of(model):
     return {
         layer.parameter_key(name): (layer, name, pair[0])
         for layer in model.base_model.all_layers()
-        for name, pair in layer.gates("default").items()
+        for name, pair in groups_of(layer, "default").items()
     }
 
 
-def first_moment(lean):
-    return lean.exp_avg * lean.scale.unsqueeze(1)
+def first_moment(low):
+    return low.exp_avg * low.scale.unsqueeze(1)
 
 
 def tiny_albert():
@@ -46,14 +47,14 @@ def tiny_albert():
     return AlbertForSequenceClassification(AlbertConfig(**sizes, **others))
 
 
-def check_against_plain(plain, lean, uses=1):
+def check_against_plain(plain, low, uses=1):
     """Moments after one backward pass of both, from the plain model's gradients."""
     large = 0
-    for key, (layer, name, gates_) in parts_of(lean).items():
+    for key, (layer, name, gates_) in parts_of(low).items():
         plain_layer, _, plain_gates = parts_of(plain)[key]
         grad, w_grad = plain_gates.log_alpha.grad, plain_layer.diffpruning_w["default"][name].grad
         assert gates_.log_alpha.grad is None
-        if not isinstance(gates_, LeanGates):
+        if not isinstance(gates_, LowMemoryGates):
             torch.testing.assert_close(gates_.exp_avg, (1 - BETAS[0]) * grad)
             continue
         large += 1
@@ -74,41 +75,41 @@ def check_against_plain(plain, lean, uses=1):
 
 
 def test_a_backward_pass_leaves_moments_and_updated_diffs_and_no_gradients(lean_tiny_bert, batch):
-    plain, lean = make(lean_tiny_bert()), lean_model(lean_tiny_bert())
-    before = {key: gates.log_alpha.clone() for key, (_, _, gates) in parts_of(lean).items()}
-    for model in (plain, lean):
+    plain, low = make(lean_tiny_bert()), low_memory_model(lean_tiny_bert())
+    before = {key: gates.log_alpha.clone() for key, (_, _, gates) in parts_of(low).items()}
+    for model in (plain, low):
         pass_through(model, batch())
-    assert check_against_plain(plain, lean) == 15
-    assert all(torch.equal(before[key], gates.log_alpha) for key, (_, _, gates) in parts_of(lean).items())
-    lean.base_model.gate_step(5, 10)
-    lean.optimizer.step()
-    large = {name for name, p in lean.named_parameters() if "diffpruning_w." in name and p.numel() > 1000}
-    states = {id(parameter) for parameter in lean.optimizer.state}
-    assert not any(id(p) in states for name, p in lean.named_parameters() if name in large or "log_alpha" in name)
-    assert all(not torch.equal(before[key], gates.log_alpha) for key, (_, _, gates) in parts_of(lean).items())
+    assert check_against_plain(plain, low) == 15
+    assert all(torch.equal(before[key], gates.log_alpha) for key, (_, _, gates) in parts_of(low).items())
+    low.base_model.gate_step(5, 10)
+    low.optimizer.step()
+    large = {name for name, p in low.named_parameters() if "diffpruning_w." in name and p.numel() > 1000}
+    states = {id(parameter) for parameter in low.optimizer.state}
+    assert not any(id(p) in states for name, p in low.named_parameters() if name in large or "log_alpha" in name)
+    assert all(not torch.equal(before[key], gates.log_alpha) for key, (_, _, gates) in parts_of(low).items())
 
 
 def test_a_parameter_that_is_used_three_times_is_updated_once_from_all_uses(lean_tiny_bert, batch):
-    plain, lean = make(tiny_albert()), lean_model(tiny_albert())
-    for model in (plain, lean):
+    plain, low = make(tiny_albert()), low_memory_model(tiny_albert())
+    for model in (plain, low):
         pass_through(model, batch())
-    assert check_against_plain(plain, lean, uses=3) > 5
+    assert check_against_plain(plain, low, uses=3) > 5
 
 
 def test_accumulated_gradients_are_those_of_one_batch(lean_tiny_bert, batch, monkeypatch):
-    plain, lean = make(lean_tiny_bert()), lean_model(lean_tiny_bert())
+    plain, low = make(lean_tiny_bert()), low_memory_model(lean_tiny_bert())
     units = {}  # of the int8 moments, which were rounded to them twice
     for seed in (1, 2):
         monkeypatch.setattr(GradientState(), "sync_gradients", seed == 2)
-        for model in (plain, lean):
+        for model in (plain, low):
             pass_through(model, batch(seed=seed), seed)
-        for key, (_, _, gates_) in parts_of(lean).items():
-            if isinstance(gates_, LeanGates):
+        for key, (_, _, gates_) in parts_of(low).items():
+            if isinstance(gates_, LowMemoryGates):
                 units[key] = units.get(key, 0.0) + gates_.scale.unsqueeze(1)
-    for key, (layer, name, gates_) in parts_of(lean).items():
+    for key, (layer, name, gates_) in parts_of(low).items():
         plain_layer, _, plain_gates = parts_of(plain)[key]
         w_grad = plain_layer.diffpruning_w["default"][name].grad
-        if isinstance(gates_, LeanGates):
+        if isinstance(gates_, LowMemoryGates):
             error = (first_moment(gates_) - (1 - BETAS[0]) * plain_gates.log_alpha.grad).abs()
             assert bool((error <= units[key] * 1.001 + 1e-12).all())
             rows = layer.diffpruning_w_sq_rows["default"][name]
@@ -120,7 +121,7 @@ def test_accumulated_gradients_are_those_of_one_batch(lean_tiny_bert, batch, mon
 def test_gradient_checkpointing_changes_nothing(lean_tiny_bert, batch):
     runs = []
     for checkpointing in (False, True):
-        model = lean_model(lean_tiny_bert())
+        model = low_memory_model(lean_tiny_bert())
         if checkpointing:
             model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
         pass_through(model, batch())
@@ -132,7 +133,7 @@ def test_gradient_checkpointing_changes_nothing(lean_tiny_bert, batch):
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_reentrant_checkpointing_of_shared_layers_is_noticed(lean_tiny_bert, batch):
-    model = lean_model(tiny_albert())
+    model = low_memory_model(tiny_albert())
     albert = model.base_model.model.albert.encoder
     inner = albert.albert_layer_groups[0]
     plain_forward = inner.forward
@@ -148,7 +149,7 @@ def test_reentrant_checkpointing_of_shared_layers_is_noticed(lean_tiny_bert, bat
 
 
 def test_an_update_that_is_not_finite_is_skipped(lean_tiny_bert, batch):
-    model = lean_model(lean_tiny_bert())
+    model = low_memory_model(lean_tiny_bert())
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     torch.manual_seed(0)
     (model(**batch()).loss * torch.nan).backward()
@@ -160,15 +161,15 @@ def test_an_update_that_is_not_finite_is_skipped(lean_tiny_bert, batch):
 
 
 def test_evaluation_and_pruning_are_those_of_plain_gates_with_the_same_numbers(lean_tiny_bert, batch, tmp_path):
-    plain, lean = make(lean_tiny_bert()), lean_model(lean_tiny_bert())
-    torch.testing.assert_close(plain.eval()(**batch()).logits, lean.eval()(**batch()).logits)
-    one, other = plain.base_model, lean.base_model
+    plain, low = make(lean_tiny_bert()), low_memory_model(lean_tiny_bert())
+    torch.testing.assert_close(plain.eval()(**batch()).logits, low.eval()(**batch()).logits)
+    one, other = plain.base_model, low.base_model
     assert one.expected_nonzeros() == other.expected_nonzeros()
     torch.testing.assert_close(one.l0_penalty(), other.l0_penalty())
     assert one.num_nonzeros() == other.num_nonzeros()
-    lean.save_pretrained(tmp_path)
+    low.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(lean_tiny_bert(), tmp_path)
-    mine, theirs = lean.state_dict(), loaded.state_dict()
+    mine, theirs = low.state_dict(), loaded.state_dict()
     assert mine.keys() == theirs.keys()
     assert all(mine[key].dtype == theirs[key].dtype and torch.equal(mine[key], theirs[key]) for key in mine)
     for model in (one, other):
@@ -180,7 +181,7 @@ def test_evaluation_and_pruning_are_those_of_plain_gates_with_the_same_numbers(l
 
 @pytest.mark.parametrize("cast", ["half", "float", "double", "bfloat16"])
 def test_casts_of_the_model_leave_the_adapter_as_it_is(lean_tiny_bert, cast):
-    model = lean_model(lean_tiny_bert())
+    model = low_memory_model(lean_tiny_bert())
     before = {key: tensor.clone() for key, tensor in model.state_dict().items() if "diffpruning" in key}
     getattr(model, cast)()
     after = model.state_dict()
@@ -198,21 +199,21 @@ def test_convolutions_and_tied_weights(lean_tiny_bert, layer_type):
         base = torch.nn.Sequential(torch.nn.Embedding(50, 32), torch.nn.Linear(32, 50))
         base[1].weight = base[0].weight
         inputs = torch.randint(50, (4, 6))
-    model = lean_model(base, task_type=None, modules_to_save=None)
-    lean = [gates for _, _, gates in parts_of(model).values() if isinstance(gates, LeanGates)]
-    assert len(lean) == 1
+    model = low_memory_model(base, task_type=None, modules_to_save=None)
+    low = [gates for _, _, gates in parts_of(model).values() if isinstance(gates, LowMemoryGates)]
+    assert len(low) == 1
     model(inputs).square().sum().backward()
-    assert bool(lean[0].rows.any())
-    before = lean[0].log_alpha.clone()
+    assert bool(low[0].rows.any())
+    before = low[0].log_alpha.clone()
     assert model.base_model.gate_step(5, 10) > 0
-    assert not torch.equal(lean[0].log_alpha, before)
+    assert not torch.equal(low[0].log_alpha, before)
     model.base_model.magnitude_prune(optimizer=model.optimizer)
     model(inputs).square().sum().backward()
     model.optimizer.step()
 
 
 def test_pruning_ends_the_updates_and_leaves_a_usual_fixmask(lean_tiny_bert, batch):
-    model = lean_model(lean_tiny_bert())
+    model = low_memory_model(lean_tiny_bert())
     pass_through(model, batch())
     model.base_model.gate_step(0, 10)
     model.base_model.magnitude_prune(optimizer=model.optimizer)
@@ -225,7 +226,7 @@ def test_pruning_ends_the_updates_and_leaves_a_usual_fixmask(lean_tiny_bert, bat
 
 
 def test_an_adapter_that_does_not_train_does_not_change(lean_tiny_bert, batch):
-    model = lean_model(lean_tiny_bert())
+    model = low_memory_model(lean_tiny_bert())
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("classifier" in name and "modules_to_save" in name)
@@ -239,7 +240,7 @@ def test_state_takes_eleven_bytes_a_parameter():
     sizes = {"vocab_size": 2000, "hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 1024}
     base = BertForSequenceClassification(BertConfig(**sizes, num_attention_heads=4))
     total = sum(parameter.numel() for parameter in base.parameters())
-    model = lean_model(base)
+    model = low_memory_model(base)
     pass_through(model, {"input_ids": torch.randint(2000, (2, 8)), "labels": torch.tensor([0, 1])})
     model.base_model.gate_step(5, 10)
     model.optimizer.step()
@@ -250,11 +251,11 @@ def test_state_takes_eleven_bytes_a_parameter():
 
 
 def test_what_would_train_wrongly_is_refused(lean_tiny_bert, batch, monkeypatch):
-    model = lean_model(lean_tiny_bert(), optimizer=False)
+    model = low_memory_model(lean_tiny_bert(), optimizer=False)
     pass_through(model, batch())
     with pytest.raises(ValueError, match=r"the diff of .* has a gradient.*call update_in_backward\(optimizer\)"):
         model.base_model.gate_step(0, 10)
-    model = lean_model(lean_tiny_bert())
+    model = low_memory_model(lean_tiny_bert())
     pass_through(model.eval(), batch())
     with pytest.raises(ValueError, match=r"the gates of .* have a gradient .*train in model.train\(\)"):
         model.base_model.gate_step(0, 10)
@@ -264,17 +265,17 @@ def test_what_would_train_wrongly_is_refused(lean_tiny_bert, batch, monkeypatch)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="before 2 processes could average them; launch one process, or use"):
-        lean_model(lean_tiny_bert())
+        low_memory_model(lean_tiny_bert())
 
 
 def test_a_compiled_step_is_refused(lean_tiny_bert, batch):
-    model = lean_model(lean_tiny_bert())
+    model = low_memory_model(lean_tiny_bert())
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="low_memory=True updates tensors within the backward pass"):
         compiled(**batch())
 
 
-def test_the_gates_functions_take_half_width_locations(device):
+def test_the_gates_functions_take_half_width_log_alpha(device):
     log_alpha = (torch.randn(50, device=device) * 3).half()
     assert torch.equal(gates.gate(log_alpha, None, (-1.5, 1.5)), gates.gate(log_alpha.float(), None, (-1.5, 1.5)))
     assert gates.open_probability(log_alpha, (-1.5, 1.5)).dtype == torch.float32
@@ -283,13 +284,13 @@ def test_the_gates_functions_take_half_width_locations(device):
 def test_effective_weights_are_kept_where_memory_is_no_concern(lean_tiny_bert, batch):
     def kept(model):
         loss = model(**batch()).loss
-        claims = [layer.noise.scratch._claims or {} for layer in model.base_model.all_layers()]
+        uses = next(iter(model.base_model.all_layers())).noise.workspace.uses()
         loss.backward()
-        return {key[0] for key in claims[0]}
+        return {key[0] for key in uses}
 
     linear = {name for name, module in lean_tiny_bert().named_modules() if isinstance(module, torch.nn.Linear)}
     assert kept(make(lean_tiny_bert())) == linear - {"classifier"}  # the head is trained whole
-    assert kept(lean_model(lean_tiny_bert())) == set()
+    assert kept(low_memory_model(lean_tiny_bert())) == set()
     checkpointed = make(lean_tiny_bert())
     checkpointed.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
     checkpointed.base_model.model.enable_input_require_grads()

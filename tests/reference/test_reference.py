@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gate_groups import penalty_gradient
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffpeft import DiffPruningConfig, DiffPruningLayer
-from diffpeft.gates import functions as sampled
+from diffpeft.gates import functions, kernels
 from diffpeft.gates import hard_concrete as gates
-from diffpeft.gates import kernels
-from diffpeft.gates.noise import NoisePass
-from diffpeft.gates.small_parameters import Part
-from diffpeft.gates.update.rules import fixed_lambda_step, penalty_gradient
-from diffpeft.gates.update.state import Gates, Group
-from diffpeft.sparse import top_k as pruning
+from diffpeft.gates.forward_pass import ForwardPass
+from diffpeft.gates.small_parameters import SmallParameter
+from diffpeft.gates.update.rules import StepSettings, fixed_lambda_step
+from diffpeft.gates.update.state import Group, StoredGates
+from diffpeft.sparse.top_k import global_top_k
 
 DIRECTORY = Path(__file__).parent
 TENSORS = load_file(DIRECTORY / "official_gates.safetensors")
@@ -43,7 +43,7 @@ def recorded(step: int, kind: str, name: str) -> Tensor:
 
 
 def state(step: int) -> dict[str, dict[str, Tensor]]:
-    """Leaves by kind and name: w of all parameters, locations of the gated ones."""
+    """Leaves by kind and name: w of all parameters, log_alpha of the gated ones."""
     return {
         kind: {name: recorded(step, kind, name).clone().requires_grad_() for name in names}
         for kind, names in zip(KINDS, (GATED + UNGATED, GATED, GATED), strict=True)
@@ -61,7 +61,7 @@ def task_loss(leaves: dict[str, dict[str, Tensor]], step: int) -> Tensor:
     for name in GATED:
         noise = recorded(step, "u", name), recorded(step, "group_u", name)
         leaf = (leaves[kind][name] for kind in KINDS)
-        effective[name] = gates.gated_parameter(TENSORS[f"pretrained/{name}"], *leaf, STRETCH, *noise)
+        effective[name] = gates.gated_parameter(TENSORS[f"pretrained/{name}"], *leaf, STRETCH, noise)
     return F.cross_entropy(net(effective, TENSORS["x"]), TENSORS["y"])
 
 
@@ -70,7 +70,7 @@ def group(step: int, name: str) -> Group:
     gate = []
     for kind in KINDS[1:]:
         log_alpha, grad = recorded(step, kind, name).clone(), recorded(step, f"grad_{kind}", name).clone()
-        gate.append(Gates(log_alpha, grad, torch.zeros_like(grad), torch.zeros_like(grad)))
+        gate.append(StoredGates(log_alpha, grad, torch.zeros_like(grad), torch.zeros_like(grad)))
     return Group(*gate)
 
 
@@ -107,18 +107,18 @@ def adapted(step: int, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
                 noise[name] = recorded(step, "u", name), recorded(step, "group_u", name)
     keys = sorted(noise)
 
-    def seed_of(self: NoisePass, key: tuple[str, str, str]) -> Tensor:
+    def seed_of(self: ForwardPass, key: tuple[str, str, str]) -> Tensor:
         return torch.tensor([keys.index(f"{key[0]}.{key[2]}"), 0])
 
-    def together(parts: list[Part], layout: object) -> tuple[Tensor, Tensor]:
-        own = [noise[keys[part.seed[0]]] for part in parts]
+    def small_noise(small: list[SmallParameter], layout: object) -> tuple[Tensor, Tensor]:
+        own = [noise[keys[one.seed[0]]] for one in small]
         return tuple(torch.cat([pair[kind].reshape(-1) for pair in own]) for kind in (0, 1))
 
-    monkeypatch.setattr(NoisePass, "seed", seed_of)
-    monkeypatch.setattr(NoisePass, "seed_of", seed_of)
-    monkeypatch.setattr("diffpeft.gates.small_parameters._noise", together)
-    monkeypatch.setattr(kernels, "uniform", lambda seed, places: noise[keys[seed[0]]][0].reshape(-1)[places])
-    monkeypatch.setattr(sampled, "uniform_at", lambda seed, place: noise[keys[seed[0]]][1].reshape(()))
+    monkeypatch.setattr(ForwardPass, "seed", seed_of)
+    monkeypatch.setattr(ForwardPass, "seed_of", seed_of)
+    monkeypatch.setattr("diffpeft.gates.small_parameters._noise", small_noise)
+    monkeypatch.setattr(kernels, "uniform", lambda seed, positions: noise[keys[seed[0]]][0].reshape(-1)[positions])
+    monkeypatch.setattr(functions, "uniform_scalar", lambda seed, position: noise[keys[seed[0]]][1].reshape(()))
     return model.train()
 
 
@@ -187,7 +187,8 @@ def test_fixed_lambda_steps_follow_the_released_trajectory():
             for gate, now in zip(pair, group(step, name), strict=True):
                 gate.grad.copy_(now.grad)
                 gate.log_alpha.mul_(decay)
-        fixed_lambda_step(groups, 0.0, step, 0.1, STRETCH, "additive")  # the recorded gradients hold the penalty's
+        # The recorded gradients hold the penalty's.
+        fixed_lambda_step(groups, 0.0, "additive", StepSettings(step, 0.1, STRETCH))
         for name, pair in zip(GATED, groups, strict=True):
             for gate, after in zip(pair, group(step + 1, name), strict=True):
                 assert_close(gate.log_alpha, after.log_alpha)
@@ -228,14 +229,14 @@ def open_probability64(log_alpha: Tensor, stretch: tuple[float, float]) -> np.nd
 )
 def test_product_form_and_its_gradients_are_the_closed_form_in_float64(step, name, stretch, dtype, atol):
     leaves = [recorded(step, kind, name).to(dtype, copy=True) for kind in KINDS[1:]]
-    element, whole = (open_probability64(leaf, stretch) for leaf in leaves)
-    expected = whole * element * (1 - element), element.sum() * whole * (1 - whole)
+    element, group_gate = (open_probability64(leaf, stretch) for leaf in leaves)
+    expected = group_gate * element * (1 - element), element.sum() * group_gate * (1 - group_gate)
 
-    closed_form = penalty_gradient(Group(*(Gates(leaf, leaf, leaf, leaf) for leaf in leaves)), stretch, "product")
+    closed_form = penalty_gradient(Group(*(StoredGates(leaf, leaf, leaf, leaf) for leaf in leaves)), stretch, "product")
     penalty = gates.expected_l0(*(leaf.requires_grad_() for leaf in leaves), stretch, "product")
     by_autograd = torch.autograd.grad(penalty, leaves)
 
-    np.testing.assert_allclose(penalty.item(), (whole * element.sum()).item(), rtol=1e-6)
+    np.testing.assert_allclose(penalty.item(), (group_gate * element.sum()).item(), rtol=1e-6)
     for actual in (closed_form, by_autograd):
         np.testing.assert_allclose(actual[0], expected[0], rtol=1e-6, atol=atol)
         np.testing.assert_allclose(actual[1], expected[1], rtol=1e-6, atol=atol)
@@ -253,7 +254,7 @@ def test_released_threshold_keeps_the_released_counts(cut):
 @each_cut
 def test_pruning_keeps_exactly_the_target_and_all_that_the_released_bisection_keeps(cut):
     k = round(cut["target_density"] * sum(diff.numel() for diff in DIFFS.values()))
-    kept, threshold = pruning.global_top_k([lambda diff=diff: [diff.abs()] for diff in DIFFS.values()], k)
+    kept, threshold = global_top_k([lambda diff=diff: [diff.abs()] for diff in DIFFS.values()], k)
     assert sum(positions.numel() for positions in kept) == k
     for positions, diff in zip(kept, DIFFS.values(), strict=True):
         magnitudes = diff.abs().reshape(-1)

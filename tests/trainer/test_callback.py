@@ -9,7 +9,8 @@ from trainers import Rows, arguments, make_trainer, peft_model
 from transformers import Trainer, TrainerCallback
 
 from diffpeft import DiffPruningCallback
-from diffpeft.gates.update.in_backward import DiffMoments, check_low_memory
+from diffpeft.gates.update.factored import DiffMoments
+from diffpeft.gates.update.in_backward import check_low_memory
 from diffpeft.trainer.launch import check_launch
 
 
