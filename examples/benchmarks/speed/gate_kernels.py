@@ -25,7 +25,11 @@ from benchmarks.shared.timing import interleaved
 from torch import Tensor
 
 from diffpeft.gates import kernels
-from diffpeft.gates.noise import new_seed, parts
+from diffpeft.gates.hard_concrete import open_shift
+from diffpeft.gates.kernels import Draw
+from diffpeft.gates.noise import new_seed, seed_words
+from diffpeft.gates.update import kernels as update_kernels
+from diffpeft.gates.update.state import StoredGates
 
 SHAPE, LAYERS, STRETCH = (1536, 384), 18, (-1.5, 1.5)
 COLUMNS = {
@@ -61,7 +65,7 @@ def make_chains(device: str) -> dict[str, tuple[int, Callable[[], None]]]:
         return [[scale * torch.randn(SHAPE, device=device) for scale in scales] for _ in range(LAYERS)]
 
     out, group_gate = torch.empty(SHAPE, device=device), torch.ones((), device=device)
-    settings = group_gate, parts(new_seed(), out.device), STRETCH, None, True
+    draw, by_log_alpha = Draw(seed_words(new_seed(), out.device), group_gate, STRETCH), torch.empty_like(out)
     rule = torch.tensor([1e-7, 1e-3, 1e-3, 1.0, 1.0], device=device)
     gates, moments = tensors(1.0, 1e-3, 4.0), tensors(4.0, 1e-7, 1e-7, 1e-6)
     for layer in moments:
@@ -70,12 +74,15 @@ def make_chains(device: str) -> dict[str, tuple[int, Callable[[], None]]]:
     steps = torch.ones((), device=device)
     return {
         "copy": (8, over(gates, lambda b, w, a: out.copy_(b))),
-        "sample the weight": (12, over(gates, lambda b, w, a: kernels.effective(out, b, w, a, *settings))),
-        "gradients of diff and log_alpha": (16, over(gates, lambda g, w, a: kernels.gradients(g, w, a, *settings))),
-        "count": (4, over(moments, lambda a, *_: kernels.open_elements(a, STRETCH, True))),
+        "sample the weight": (12, over(gates, lambda b, w, a: kernels.effective((out, b, w, a), draw, fused=True))),
+        "gradients of diff and log_alpha": (
+            16,
+            over(gates, lambda g, w, a: kernels.gradients((out, by_log_alpha, g, w, a), draw, fused=True)),
+        ),
+        "count": (4, over(moments, lambda a, *_: update_kernels.open_elements([a], open_shift(STRETCH), fused=True))),
         "move by a gradient, and count": (
             28,
-            over(moments, lambda a, m, v, g: kernels.automatic_(a, g, m, v, STRETCH, rule, True)),
+            over(moments, lambda a, m, v, g: StoredGates(a, g, m, v).step(rule, STRETCH, fused=True)),
         ),
         "AdamW": (28, over(adam, lambda *own: adamw(*own, steps))),
     }
