@@ -1,4 +1,5 @@
-"""What to learn: the configuration of a diff-pruning adapter."""
+# ruff: noqa: RUF009 - `_field` makes fields of a dataclass
+"""The configuration of a diff-pruning adapter."""
 
 from __future__ import annotations
 
@@ -10,121 +11,136 @@ from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils import PeftType
 from peft.utils.constants import CONFIG_NAME
-from safetensors.torch import load_file
 
-from diffpeft.files import atomic, seal
+from diffpeft.files.atomic import pending_config, replace_config, staged_checksums
 from diffpeft.files.card import update_card
-from diffpeft.files.values import check_dtype
-from diffpeft.peft_type import DIFFPRUNING
+from diffpeft.files.encoding import check_dtype
+from diffpeft.files.keys import PEFT_TYPE
 
 GROUP_PENALTIES = ("product", "additive")
-FARTHEST = 1e3
-"""From nought, where gates in fp16 begin: beyond they could hardly move."""
+MAX_FP16_LOG_ALPHA = 1e3
+"""Largest magnitude of init_log_alpha where gates are fp16: farther from 0 they could hardly move."""
 FORMAT_VERSION = 2
-"""Of the adapter files that this version writes (docs/format.md), and the only one that it reads."""
+"""Version of the adapter files that are written (docs/format.md), and the only one that is read."""
+
+
+def _peft_type() -> PeftType:
+    """`PeftType.DIFFPRUNING`, added on the first call.
+
+    `register_peft_method` takes only members of the enumeration and transformers reads `peft_type.value`, so a string does
+    not do; an enumeration with members cannot be subclassed, so the member is added to it.
+    """
+    if PEFT_TYPE not in PeftType.__members__:
+        member = str.__new__(PeftType, PEFT_TYPE)
+        member._name_ = member._value_ = PEFT_TYPE
+        member.__objclass__ = PeftType
+        member._sort_order_ = len(PeftType.__members__)
+        type.__setattr__(PeftType, PEFT_TYPE, member)
+        PeftType._member_names_.append(PEFT_TYPE)
+        PeftType._member_map_[PEFT_TYPE] = member
+        PeftType._value2member_map_[PEFT_TYPE] = member
+    return PeftType[PEFT_TYPE]
+
+
+DIFFPRUNING = _peft_type()
+
+
+def _field(default: Any, about: str, decides_run: bool = False) -> Any:
+    """A field with its help text. One that `decides_run` must be as it was when a run is resumed."""
+    return field(default=default, metadata={"help": about, "decides_run": decides_run})
 
 
 @dataclass
 class DiffPruningConfig(PeftConfig):
-    """Configuration of [`DiffPruningModel`] (arXiv 2012.07463). `DiffPruningConfig(task_type=...)` is all that a
-    fine-tuning run needs; `docs/flags.md` relates the fields to the flags of the authors' released scripts."""
+    """Configuration of [`DiffPruningModel`] (arXiv 2012.07463).
 
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Modules to adapt: a list of names or suffixes, a regex, or 'all-linear', as in PEFT. None adapts "
-            "every module that owns a parameter, except the task head, which is trained whole."
-        },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules not to adapt: a list of names or suffixes, or a regex."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Modules trained whole and saved with the diff. With the default target_modules the fresh head of "
-            "a task model is found and added."
-        },
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Only adapt modules of the layers with these indices."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "The name before the layer index, where layers_to_transform cannot tell it, e.g. 'layer'."},
-    )
-    target_density: float = field(
-        default=0.005,
-        metadata={
-            "help": "Nonzeros of the diff as a share of all parameters of the base model, adapted or not; the task "
-            "head does not count. In (0, 1]."
-        },
-    )
-    gated: bool = field(
-        default=True,
-        metadata={"help": "False trains without gates before magnitude pruning: the paper's non-adaptive baseline."},
-    )
-    structured: bool = field(
-        default=True, metadata={"help": "One more gate per parameter tensor (the paper's structured diff pruning)."}
-    )
-    group_penalty: str = field(
-        default="product",
-        metadata={
-            "help": "How a group gate enters the L0 penalty of a fixed l0_lambda: 'product', the paper's equation, or "
-            "'additive', what the released code computes. They are not interchangeable at one l0_lambda."
-        },
-    )
-    l0_lambda: float | str = field(
-        default="auto",
-        metadata={
-            "help": "Weight of the L0 penalty. 'auto' finds in every step the weight that brings the expected density "
-            "to target_density by the end of gating; a number is the paper's fixed weight (1.25e-7 there)."
-        },
-    )
-    gate_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Pace of the gates: how far Adam moves log_alpha a step at most. None: 0.1 as in the paper with a "
-            "fixed l0_lambda, and set by the number of gating steps with 'auto'."
-        },
-    )
-    stretch: tuple[float, float] = field(
-        default=(-1.5, 1.5), metadata={"help": "(l, r) of the hard-concrete distribution, l < 0 and r > 1."}
-    )
-    init_log_alpha: float = field(default=5.0, metadata={"help": "Where the locations of the gates start."})
-    low_memory: bool = field(
-        default=False,
-        metadata={
-            "help": "Gating in the memory of full fine-tuning with AdamW, by coarser moments and by updates of the diff "
-            "within the backward pass (docs/performance.md, 'Low memory'). One process, no fp16 gradient scaling, an "
-            "optimizer of Adam's family."
-        },
-    )
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "True starts the diff at zero. False starts it at random, which only tests want."},
-    )
-    nnz_pattern: dict[str, int] | None = field(
-        default=None,
-        metadata={"help": "Nonzeros of each parameter, set by pruning. None until then. Not meant to be set by hand."},
-    )
+    `DiffPruningConfig(task_type=...)` is all that a fine-tuning run needs; `docs/flags.md` relates the fields to the flags
+    of the authors' released scripts.
+    """
 
-    value_dtype: str = field(
-        default="float32",
-        metadata={"help": "dtype of the pruned diff's values, set by `cast_values` for a smaller file."},
+    target_modules: list[str] | str | None = _field(
+        None,
+        "Modules to adapt: a list of names or suffixes, a regex, or 'all-linear', as in PEFT. None adapts every module that "
+        "owns a parameter, except the task head, which is trained whole.",
+        decides_run=True,
     )
-    base_fingerprint: dict[str, str] | None = field(
-        default=None,
-        metadata={"help": "Some weights of the base model, by which it is known again. Not meant to be set by hand."},
+    exclude_modules: list[str] | str | None = _field(
+        None, "Modules not to adapt: a list of names or suffixes, or a regex.", decides_run=True
     )
-    heads_checksum: int | None = field(
-        default=None, metadata={"help": "Of what is saved beside the diff. Not meant to be set by hand."}
+    modules_to_save: list[str] | None = _field(
+        None,
+        "Modules that are trained whole and saved with the diff. With the default target_modules the fresh head of a task "
+        "model is found and added.",
+        decides_run=True,
     )
-    diff_checksum: int | None = field(
-        default=None, metadata={"help": "Of the diff that belongs to the config. Not meant to be set by hand."}
+    layers_to_transform: list[int] | int | None = _field(
+        None, "Adapt only modules of the layers with these indices.", decides_run=True
     )
-    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Of the file. Not meant to be set by hand."})
+    layers_pattern: list[str] | str | None = _field(
+        None,
+        "The name before the layer index, where layers_to_transform cannot find it, e.g. 'layer'.",
+        decides_run=True,
+    )
+    target_density: float = _field(
+        0.005,
+        "Nonzeros of the diff as a share of all parameters of the base model, adapted or not; the task head does not count. "
+        "In (0, 1].",
+        decides_run=True,
+    )
+    gated: bool = _field(
+        True,
+        "False trains without gates before magnitude pruning, as the paper's non-adaptive baseline does.",
+        decides_run=True,
+    )
+    structured: bool = _field(
+        True, "Add a gate for each parameter tensor (the paper's structured diff pruning).", decides_run=True
+    )
+    group_penalty: str = _field(
+        "product",
+        "How the gate of a parameter tensor enters the L0 penalty of a fixed l0_lambda: 'product' is the paper's equation, "
+        "'additive' the formula of the released code. The same l0_lambda means different strengths in the two.",
+        decides_run=True,
+    )
+    l0_lambda: float | str = _field(
+        "auto",
+        "Weight of the L0 penalty. 'auto' finds in every step the weight that brings the expected density to "
+        "target_density by the end of gating; a number is the paper's fixed weight (1.25e-7 there).",
+        decides_run=True,
+    )
+    gate_learning_rate: float | None = _field(
+        None,
+        "Adam's learning rate for log_alpha, which is the most that it moves in a step. None means 0.1, as in the paper, "
+        "with a fixed l0_lambda; with 'auto' it follows from the number of gating steps.",
+        decides_run=True,
+    )
+    stretch: tuple[float, float] = _field(
+        (-1.5, 1.5), "(l, r) of the hard-concrete distribution, l < 0 and r > 1.", decides_run=True
+    )
+    init_log_alpha: float = _field(5.0, "Initial log_alpha of all gates.", decides_run=True)
+    low_memory: bool = _field(
+        False,
+        "Gating in the memory of full fine-tuning with AdamW, by coarser moments and by updates of the diff within the "
+        "backward pass (docs/performance.md, 'Low memory'). One process, no fp16 gradient scaling, an optimizer of Adam's "
+        "family.",
+        decides_run=True,
+    )
+    init_weights: bool = _field(True, "True starts the diff at zero. False starts it at random, for tests.")
+    nnz_pattern: dict[str, int] | None = _field(
+        None, "Nonzeros of each parameter, set by pruning; None until then. Not meant to be set by hand."
+    )
+    value_dtype: str = _field(
+        "float32", "dtype of a pruned diff's values in the file. `cast_values` sets it, for a smaller file."
+    )
+    base_fingerprint: dict[str, str] | None = _field(
+        None, "A few weights of the base model, by which another one is noticed. Not meant to be set by hand."
+    )
+    heads_checksum: int | None = _field(
+        None, "Checksum of the tensors of modules_to_save in the file. Not meant to be set by hand."
+    )
+    diff_checksum: int | None = _field(None, "Checksum of the diff in the file. Not meant to be set by hand.")
+    format_version: int = _field(FORMAT_VERSION, "Version of the file format. Not meant to be set by hand.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,7 +151,7 @@ class DiffPruningConfig(PeftConfig):
         check_density(self.target_density)
         if not isinstance(self.init_log_alpha, (int, float)) or not math.isfinite(self.init_log_alpha):
             raise ValueError(
-                f"init_log_alpha={self.init_log_alpha!r} is no location; use a finite number, 5.0 in the paper"
+                f"init_log_alpha={self.init_log_alpha!r} is no log_alpha; use a finite number, 5.0 in the paper"
             )
         if self.group_penalty not in GROUP_PENALTIES:
             raise ValueError(f"group_penalty={self.group_penalty!r} is not known; use one of {GROUP_PENALTIES}")
@@ -150,10 +166,10 @@ class DiffPruningConfig(PeftConfig):
                 f"low_memory=True is for gates under the automatic penalty, not for gated={self.gated} and "
                 f"l0_lambda={self.l0_lambda!r}; use gated=True and l0_lambda='auto', or low_memory=False"
             )
-        if self.low_memory and abs(self.init_log_alpha) > FARTHEST:
+        if self.low_memory and abs(self.init_log_alpha) > MAX_FP16_LOG_ALPHA:
             raise ValueError(
                 f"init_log_alpha={self.init_log_alpha} is farther than what low_memory=True can hold in fp16; use at most "
-                f"{FARTHEST:g}, 5.0 in the paper"
+                f"{MAX_FP16_LOG_ALPHA:g}, 5.0 in the paper"
             )
         if self.gate_learning_rate is not None and not 0 < self.gate_learning_rate < float("inf"):
             raise ValueError(
@@ -163,7 +179,7 @@ class DiffPruningConfig(PeftConfig):
         if not isinstance(self.format_version, int) or self.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"the adapter has format version {self.format_version!r}, this diffpeft reads {FORMAT_VERSION}; "
-                "install a newer one, or for an older file the one that wrote it, and extract or save the diff anew"
+                "install a newer one, or for an older file the one that wrote it, and extract or save the diff again"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
@@ -171,24 +187,27 @@ class DiffPruningConfig(PeftConfig):
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, together with the weights that PEFT has just written or not at all, with the
-        checksum of the heads in these; and the adapter's part of README.md. PEFT calls this last when it saves."""
+        """Write adapter_config.json and the adapter's part of README.md (PEFT calls this last when it saves).
+
+        Weights that PEFT has just staged for the directory take their place together with the config, which gets their
+        checksums.
+        """
         directory = Path(save_directory)
         saved = copy.copy(self)
-        weights = atomic.staged_weights(directory)
         # Without new weights nobody knows whether those that are there will stay: transformers writes them afterwards.
-        tensors = load_file(weights) if weights else {}
-        saved.heads_checksum = seal.checksum_of_heads(tensors)
-        saved.diff_checksum = seal.checksum_of_diff(tensors) if weights and self.nnz_pattern is not None else None
+        checksums = staged_checksums(directory)
+        saved.heads_checksum = checksums.heads if checksums else None
+        saved.diff_checksum = checksums.diff if checksums and self.nnz_pattern is not None else None
         with tempfile.TemporaryDirectory() as scratch:
             super(DiffPruningConfig, saved).save_pretrained(scratch, **kwargs)
-            atomic.replace_config(directory, (Path(scratch) / CONFIG_NAME).read_text())
+            replace_config(directory, (Path(scratch) / CONFIG_NAME).read_text())
         update_card(directory, saved.to_dict())
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """The config file's contents (PEFT's hook); where a kill left the weights' own config beside it, that one's."""
-        pending = atomic.pending_config(Path(path_json_file).parent)
+        """The contents of the config that belongs to the weights (PEFT's hook), even where a kill left it under another
+        name."""
+        pending = pending_config(Path(path_json_file).parent)
         contents: dict[str, Any] = super().from_json_file(str(pending or path_json_file), **kwargs)
         return contents
 
@@ -203,6 +222,7 @@ def check_density(density: float) -> None:
 
 
 def _stretch(stretch: Any, needed: bool) -> tuple[float, float]:
+    """The bounds as a tuple. Raises ValueError unless they are finite and, where `needed`, on both sides of [0, 1]."""
     try:
         low, high = (float(bound) for bound in stretch)  # a list when the config comes from JSON
     except (TypeError, ValueError):

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from diffpeft.files.values import rounded
+from diffpeft.files.encoding import rounded
 from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.tuner import combining, pruning
 from diffpeft.tuner.base import FIXMASK
@@ -155,13 +155,14 @@ class DiffPruningModel(GatingPhase):
                 `combine` refuses.
         """
         source = combining.check_combinable(self, adapters, adapter_name, heads_from)
+        modules = {layer.module_key for name in adapters for layer in self.layers_of(name)}
         combining.add_combination(
             self,
             [self.get_diff(name) for name in adapters],
             weights,
             adapter_name,
             source,
-            targets=combining.common_targets(self, adapters),
+            targets=combining.common_targets([self.peft_config[name] for name in adapters], modules),
             target_density=target_density,
             combination_type=combination_type,
             density=density,

@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model
 from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from diffpeft import DiffPruningCallback, DiffPruningConfig
-from diffpeft.tuner.head import fresh_head
+from diffpeft.files.checkpoint import fresh_head
 
 METHODS = ("diff_pruning", "magnitude", "full", "head")
 SPARSE = ("diff_pruning", "magnitude")

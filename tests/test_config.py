@@ -156,7 +156,7 @@ def test_peft_type_survives_copying_and_pickling():
 
 def test_importing_again_changes_nothing():
     members = list(PeftType)
-    for module in (diffpeft.peft_type, diffpeft.tuner.registration, diffpeft):
+    for module in (diffpeft.tuner.registration, diffpeft):
         importlib.reload(module)
     assert list(PeftType) == members
     assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.DIFFPRUNING] is DiffPruningConfig is diffpeft.DiffPruningConfig

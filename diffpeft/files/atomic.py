@@ -1,48 +1,55 @@
-"""An adapter's two files replaced together: whoever reads them finds the old adapter or the new one.
+"""Replace an adapter's two files together, so that whoever reads them finds the old adapter or the new one.
 
 Both new files are written beside the old ones; then the weights are renamed, and then the config. While the renaming has
 begun and not ended, the new config is still beside the old one and the new weights are not: [`pending_config`]
-tells readers, and the next that writes ends it.
+finds it for readers, and the next that writes ends it.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffpeft.files.encoding import Checksums, checksums_of
+
 _NEW = ".new"
-_staged: set[Path] = set()
-"""Directories for which this process has written new weights, whose config is still to come."""
+_staged: dict[Path, Checksums] = {}
+"""Directories for which this process has written new weights whose config is still to come, and the weights' checksums."""
 
 
-def staged_weights(directory: Path) -> Path | None:
-    """The new weights that this process has written for the directory's next config."""
-    return directory / (SAFETENSORS_WEIGHTS_NAME + _NEW) if directory.resolve() in _staged else None
+def staged_checksums(directory: Path) -> Checksums | None:
+    """The checksums of the weights that this process has staged for the directory's next config; None without any."""
+    return _staged.get(directory.resolve())
 
 
-def stage_weights(directory: Path, tensors: dict[str, Tensor]) -> None:
+def stage_weights(directory: Path, tensors: dict[str, Tensor]) -> Checksums:
     """Write weights beside those of the directory's adapter, to take their place when [`replace_config`] is called.
 
     Args:
         directory: made if it is not there.
         tensors: of the weights file, by key.
+
+    Returns:
+        The checksums of the weights, which belong into the config.
     """
     directory.mkdir(parents=True, exist_ok=True)
     pending = pending_config(directory)
     if pending is not None:
         os.replace(pending, directory / CONFIG_NAME)
         _sync(directory)
-    _staged.discard(directory.resolve())
+    _staged.pop(directory.resolve(), None)
     new = directory / (SAFETENSORS_WEIGHTS_NAME + _NEW)
     try:
-        save_file(tensors, new, metadata={"format": "pt"})
+        save_tensors(tensors, new, {"format": "pt"})
         _sync(new)
     except BaseException:
         new.unlink(missing_ok=True)
         raise
-    _staged.add(directory.resolve())
+    _staged[directory.resolve()] = checksums = checksums_of(tensors)
+    return checksums
 
 
 def replace_config(directory: Path, config: str) -> None:
@@ -53,20 +60,21 @@ def replace_config(directory: Path, config: str) -> None:
         config: the text of the config file.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    new_weights, new_config = staged_weights(directory), directory / (CONFIG_NAME + _NEW)
+    new_weights, new_config = (directory / (name + _NEW) for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME))
+    staged = directory.resolve() in _staged
     try:
         new_config.write_text(config)
         _sync(new_config)
         _sync(directory)
-        if new_weights:
+        if staged:
             os.replace(new_weights, directory / SAFETENSORS_WEIGHTS_NAME)
     except BaseException:
         new_config.unlink(missing_ok=True)  # first: alone it would be taken for that of the weights that are there
-        if new_weights:
+        if staged:
             new_weights.unlink(missing_ok=True)
         raise
     finally:
-        _staged.discard(directory.resolve())
+        _staged.pop(directory.resolve(), None)
     _sync(directory)
     os.replace(new_config, directory / CONFIG_NAME)
     _sync(directory)
@@ -76,6 +84,14 @@ def replace_adapter(directory: Path, tensors: dict[str, Tensor], config: str) ->
     """Replace an adapter by these weights and this config. An error while they are written leaves the old one."""
     stage_weights(directory, tensors)
     replace_config(directory, config)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file with the permissions of any new file; safetensors alone makes it private (0600)."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata=dict(metadata))
+    path.chmod(mode)
 
 
 def pending_config(directory: Path) -> Path | None:

@@ -1,4 +1,4 @@
-"""The adapter's own part of its model card: what it changes, how large it is, five lines of use."""
+"""The model card of an adapter: what it changes, how large it is, and how to load it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 
 BEGIN, END = "<!-- diffpeft: begin -->", "<!-- diffpeft: end -->"
 TAGS = ("diffpeft", "diff-pruning")
-LARGEST = 12
-"""Rows of the table of where the diff lives."""
+MAX_ROWS = 12
+"""Rows of the table of the parameters with most nonzeros; the rest is one row more."""
 
 
 def update_card(
@@ -21,13 +21,13 @@ def update_card(
     metrics: Mapping[str, float] | None = None,
     repo_id: str = "user/this-adapter",
 ) -> None:
-    """Write README.md of an adapter's directory, or the part of it that is ours; the rest is left as it is.
+    """Write the part of an adapter's README.md that is between our marks; the rest is left alone.
 
     Args:
         directory: of the adapter.
-        config: what adapter_config.json says.
+        config: the contents of adapter_config.json.
         metrics: results to show, by name. None keeps those that the card shows already.
-        repo_id: where the adapter will be.
+        repo_id: the adapter's repository on the Hub.
     """
     path = directory / "README.md"
     card = ModelCard.load(path) if path.is_file() else ModelCard("---\n{}\n---\n", ignore_metadata_errors=True)
@@ -98,14 +98,14 @@ def _auto_class(task_type: str | None) -> str:
 
 
 def _table(nnz: Mapping[str, int], nonzeros: int) -> str:
-    """Where the diff lives: by parameter, layers taken together."""
+    """The table of nonzeros by parameter, layers taken together."""
     kinds: dict[str, int] = {}
     for name, count in nnz.items():
         kind = re.sub(r"\.\d+\.", ".*.", name)
         kinds[kind] = kinds.get(kind, 0) + count
     largest = sorted(kinds.items(), key=lambda item: -item[1])
-    rows = [f"| `{kind}` | {count:,} | {count / nonzeros:.1%} |" for kind, count in largest[:LARGEST]]
-    rest = sum(count for _, count in largest[LARGEST:])
+    rows = [f"| `{kind}` | {count:,} | {count / nonzeros:.1%} |" for kind, count in largest[:MAX_ROWS]]
+    rest = sum(count for _, count in largest[MAX_ROWS:])
     if rest:
-        rows.append(f"| {len(largest) - LARGEST} others | {rest:,} | {rest / nonzeros:.1%} |")
+        rows.append(f"| {len(largest) - MAX_ROWS} others | {rest:,} | {rest / nonzeros:.1%} |")
     return "\n".join(["| parameters | nonzeros | share |", "|---|---|---|", *rows])

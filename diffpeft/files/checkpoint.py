@@ -1,4 +1,4 @@
-"""The tensors of a model, one at a time: from a directory of safetensors, or from a model in memory."""
+"""The tensors of a base model, one at a time: from a directory of safetensors, or from a model in memory."""
 
 from __future__ import annotations
 
@@ -15,32 +15,36 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from diffpeft.tuner.head import fresh_head
-
 Source: TypeAlias = "PreTrainedModel | str | os.PathLike[str]"
 """A model in memory, or its directory."""
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-FLOATING = ("F", "BF")
+STATISTICS_SUFFIXES = ("running_mean", "running_var", "num_batches_tracked")
+FLOATING_PREFIXES = ("F", "BF")
 """How safetensors' names of floating dtypes begin."""
 
 
-class _Stored(NamedTuple):
-    """Where a tensor is in a directory."""
+class StoredTensor(NamedTuple):
+    """A tensor in a file, which is not read before it is asked for."""
 
     file: Path
     key: str
     shape: torch.Size
     floating: bool
 
+    def load(self) -> Tensor:
+        """The tensor itself. The file is opened each time, because an open one keeps every page that was read in memory."""
+        with safe_open(self.file, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(self.key)
+        return tensor
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a model's tensors are, and how to get them. Names are those of the model in memory.
+    """The tensors of a model: their shapes, and how to get them. Names are those of the model in memory.
 
     Attributes:
-        label: what to call the model in messages.
+        label: the model's name in messages.
         parameters: shapes of the floating parameters, tied ones once.
         tied: shapes of parameters that are the same tensor as one of `parameters`, under their other names.
         others: shapes of all other floating tensors: buffers, and what the model has no use for.
@@ -128,9 +132,9 @@ def _checkpoint(
     model: nn.Module | None,
     load: Callable[[str], Tensor],
 ) -> Checkpoint:
-    """Sorts the floating tensors by what the model has under their names; without a model, by the names."""
+    """Sort the floating tensors by their role in the model; without a model, by their names."""
     if model is None:
-        parameters, every = [name for name in floating if not name.endswith(STATISTICS)], set[str]()
+        parameters, every = [name for name in floating if not name.endswith(STATISTICS_SUFFIXES)], set[str]()
     else:
         parameters = [name for name, _ in model.named_parameters() if name in floating]
         every = {name for name, _ in model.named_parameters(remove_duplicate=False)} & floating.keys()
@@ -150,24 +154,49 @@ def _checkpoint(
 
 
 def _of_directory(directory: Path) -> Checkpoint:
-    stored = _stored(directory)
-    skeleton = skeleton_of(directory)
+    stored, skeleton = _stored(directory), skeleton_of(directory)
     if skeleton is not None:
         stored = _renamed(stored, skeleton, directory)
-
-    def load(name: str) -> Tensor:
-        # Opened anew each time: an open file keeps every page that was read of it in memory.
-        with safe_open(stored[name].file, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(stored[name].key)
-        return tensor
-
-    return _checkpoint(
-        str(directory), {name: tensor.shape for name, tensor in stored.items() if tensor.floating}, skeleton, load
-    )
+    shapes = {name: tensor.shape for name, tensor in stored.items() if tensor.floating}
+    return _checkpoint(str(directory), shapes, skeleton, lambda name: stored[name].load())
 
 
-def _stored(directory: Path) -> dict[str, _Stored]:
-    """Every tensor of the directory by its name in the files."""
+def locate(directory: Path) -> dict[str, list[StoredTensor]]:
+    """Every tensor of a directory by its name in the model: one place in the files, several where a tied one is there
+    under more than one of its names.
+
+    Raises:
+        ValueError: what [`open_checkpoint`] refuses.
+    """
+    stored, skeleton = _stored(directory), skeleton_of(directory)
+    if skeleton is None:
+        return {name: [tensor] for name, tensor in stored.items()}
+    stored = _renamed(stored, skeleton, directory)
+    identities = {name: id(p) for name, p in skeleton.named_parameters(remove_duplicate=False)}
+    tied: dict[int, list[StoredTensor]] = {}
+    for name, identity in identities.items():
+        if name in stored and stored[name] not in tied.setdefault(identity, []):
+            tied[identity].append(stored[name])
+    return {name: tied[identities[name]] if name in identities else [tensor] for name, tensor in stored.items()}
+
+
+def fresh_head(model: nn.Module) -> list[str]:
+    """Names of the modules beside the pretrained backbone of a task model, e.g. ["classifier"].
+
+    A model that generates has no fresh head: its output layer is pretrained. Modules without parameters are left out, as
+    are models that do not tell where their backbone is.
+    """
+    if not isinstance(model, PreTrainedModel) or model.can_generate() or model.get_output_embeddings() is not None:
+        return []
+    prefix = model.base_model_prefix
+    children = dict(model.named_children())
+    if prefix not in children:
+        return []
+    return [name for name, child in children.items() if name != prefix and any(True for _ in child.parameters())]
+
+
+def _stored(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a directory by its name in the files."""
     if (directory / INDEX).is_file():
         shards = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
         files = [directory / shard for shard in shards]
@@ -186,16 +215,16 @@ def _stored(directory: Path) -> dict[str, _Stored]:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118
                     tensor = file.get_slice(key)
-                    floating = tensor.get_dtype().startswith(FLOATING)
-                    stored[key] = _Stored(path, key, torch.Size(tensor.get_shape()), floating)
+                    floating = tensor.get_dtype().startswith(FLOATING_PREFIXES)
+                    stored[key] = StoredTensor(path, key, torch.Size(tensor.get_shape()), floating)
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); download or save it anew") from None
+            raise ValueError(f"{path} is damaged ({error}); download or save it again") from None
     return stored
 
 
 def skeleton_of(directory: Path) -> PreTrainedModel | None:
-    """The model of a directory, of whose files config.json is enough, without its weights; None where its architecture is
-    not one of transformers."""
+    """The model of a directory without its weights, made from config.json alone; None where its architecture is not one of
+    transformers."""
     try:
         config = json.loads((directory / CONFIG).read_text())
     except FileNotFoundError:
@@ -209,8 +238,8 @@ def skeleton_of(directory: Path) -> PreTrainedModel | None:
     return model
 
 
-def _renamed(stored: dict[str, _Stored], skeleton: PreTrainedModel, directory: Path) -> dict[str, _Stored]:
-    """The tensors by their names in the model, as `from_pretrained` gives them; a tied one by its first name."""
+def _renamed(stored: dict[str, StoredTensor], skeleton: PreTrainedModel, directory: Path) -> dict[str, StoredTensor]:
+    """The tensors by the names that `from_pretrained` gives them; a tied one by its first name."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -218,7 +247,7 @@ def _renamed(stored: dict[str, _Stored], skeleton: PreTrainedModel, directory: P
     renamings = [change for change in mapping if isinstance(change, WeightRenaming)]
     converters = [change for change in mapping if isinstance(change, WeightConverter)]
     wanted = dict(skeleton.named_parameters(remove_duplicate=False))
-    renamed: dict[str, _Stored] = {}
+    renamed: dict[str, StoredTensor] = {}
     for key, tensor in stored.items():
         name, converter = (key, None) if key in wanted else rename_source_key(key, renamings, converters)
         if converter is not None and name in wanted:

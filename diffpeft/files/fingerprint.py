@@ -1,4 +1,4 @@
-"""A few weights by which a base model is known again: a diff has its meaning on the weights that it was made from."""
+"""A few weights that identify a base model: a diff has a meaning only on the weights that it was made from."""
 
 import base64
 from collections.abc import Mapping
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-SAMPLES = 256
-"""Weights looked at, spread over all parameters, but at least one of each."""
+MAX_SAMPLES = 256
+"""Weights in a fingerprint, spread over all parameters; more where a model has more parameters, one of each."""
 
 Fingerprint = dict[str, str]
 """Parameter name -> some of its weights, fp32, little-endian, in base64."""
@@ -15,12 +15,12 @@ Fingerprint = dict[str, str]
 
 def take(parameters: Mapping[str, Tensor]) -> Fingerprint:
     """The fingerprint of a model's floating parameters, by their names in it; costs no pass over the weights."""
-    taken = {name: _sample(p, max(1, SAMPLES // len(parameters))) for name, p in parameters.items() if p.numel()}
+    taken = {name: _sample(p, max(1, MAX_SAMPLES // len(parameters))) for name, p in parameters.items() if p.numel()}
     return {name: base64.b64encode(sample.numpy().tobytes()).decode() for name, sample in taken.items()}
 
 
 def differing(fingerprint: Fingerprint, parameters: Mapping[str, Tensor]) -> list[str]:
-    """Parameters whose weights are not those of the fingerprint, as far as both have them.
+    """Names of the parameters whose weights are not those of the fingerprint, among those that both have.
 
     Weights that were only rounded to another dtype are the same.
     """
@@ -41,5 +41,5 @@ def differing(fingerprint: Fingerprint, parameters: Mapping[str, Tensor]) -> lis
 @torch.no_grad()
 def _sample(parameter: Tensor, count: int) -> Tensor:
     count = min(parameter.numel(), count)
-    where = torch.linspace(0, parameter.numel() - 1, count, dtype=torch.float64).long()
-    return torch.take(parameter.detach(), where.to(parameter.device)).float().cpu()
+    positions = torch.linspace(0, parameter.numel() - 1, count, dtype=torch.float64).long()
+    return torch.take(parameter.detach(), positions.to(parameter.device)).float().cpu()

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffpeft.files import seal, values
+from diffpeft.files.encoding import (
+    CHECKSUM_BYTES,
+    IN_MEMORY,
+    decode_values,
+    encode,
+    has_checksum,
+    scale_of,
+    strip_checksum,
+    unpack,
+)
 from diffpeft.sparse.functions import Pattern
 from diffpeft.sparse.sharded import check_whole
 
@@ -88,10 +97,7 @@ class StoredDiff:
         # A compiler cannot trace versions; `forget` sees to it that a compiled step has nothing stale.
         compiling = torch.compiler.is_compiling()
         if decoded is None or decoded.packed is not packed or not (compiling or decoded.version == _version(packed)):
-            if compiling:
-                decoded = self.note(packed, seal.unpack(packed, self.count, self.shape.numel()))
-            else:
-                decoded = self._decode()
+            decoded = self.note(packed, unpack(packed, self.count, self.shape.numel())) if compiling else self._decode()
         return decoded.positions
 
     @property
@@ -104,9 +110,9 @@ class StoredDiff:
         self.positions  # noqa: B018 - decodes and checks both
         values: Tensor = self.parameter
         if torch.compiler.is_compiling():  # what runs compiled before anything decoded it cannot be changed in place
-            scale = seal.scale(self.packed, values.numel(), self.shape.numel())
+            scale = scale_of(self.packed, values.numel(), self.shape.numel())
             if scale.numel():
-                encoded = (self.packed[: seal.SEAL] != seal.LIVE).any()
+                encoded = (self.packed[:CHECKSUM_BYTES] != IN_MEMORY).any()
                 if values.requires_grad:
                     torch._assert_async(~encoded, "int8 values are to train: run the model once uncompiled first")
                 return values * torch.where(encoded, scale, 1)
@@ -127,7 +133,7 @@ class StoredDiff:
 
     def encoded(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The given values, shape (k,), and the positions as they go into a file, with a checksum."""
-        return _to_file(self.positions, values, self.shape.numel(), self._dtype(), self.key)
+        return encode(self.positions, values, self.shape.numel(), self._dtype(), self.key)
 
     def note(self, packed: Tensor, positions: Tensor) -> _Decoded:
         """Note that `packed` decodes to `positions`."""
@@ -141,17 +147,17 @@ class StoredDiff:
     def _decode(self) -> _Decoded:
         packed, parameter = self.packed, self.parameter
         check_whole([parameter], f"{self._label}: the first use of a file's values")
-        if packed.numel() > seal.SEAL and not bool(packed.any()):
+        if packed.numel() > CHECKSUM_BYTES and not bool(packed.any()):
             raise ValueError(f"{self._label}: its positions were never loaded; load the adapter again")
         if bool(parameter.isnan().any()):
             raise ValueError(f"{self._label}: its values were never loaded or are damaged; load the adapter again")
         try:
             # Tensors that are made in inference_mode could neither train later nor be loaded over.
             with torch.inference_mode(False), torch.no_grad():
-                if seal.is_sealed(packed):
+                if has_checksum(packed):
                     self._decode_values(parameter, packed)
-                    packed = self._buffers._buffers[self._name] = seal.unseal(packed)
-                return self.note(packed, seal.unpack(packed, parameter.numel(), self.shape.numel()))
+                    packed = self._buffers._buffers[self._name] = strip_checksum(packed)
+                return self.note(packed, unpack(packed, parameter.numel(), self.shape.numel()))
         except ValueError as error:
             raise ValueError(f"{self._label}: {error}") from None
 
@@ -161,7 +167,7 @@ class StoredDiff:
         stored = parameter.detach().to(getattr(torch, dtype))
         if not torch.equal(stored.to(parameter.dtype), parameter):
             raise ValueError(f"its values are not those of a file in {dtype}: it is damaged, or they were changed")
-        decoded = values.from_file(stored, packed, self.shape.numel(), self.key)
+        decoded = decode_values(stored, packed, self.shape.numel(), self.key)
         if stored.dtype == torch.int8:
             hook: Any = getattr(self._parameters, "_hf_hook", None)
             if getattr(hook, "offload", False):  # the next forward would bring the file's numbers again
@@ -170,6 +176,3 @@ class StoredDiff:
                     "it is offloaded, or load the adapter with PeftModel.from_pretrained"
                 )
             parameter.data = decoded
-
-
-_to_file = values.to_file  # the property `values` hides the module's name in the class

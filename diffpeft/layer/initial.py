@@ -9,7 +9,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import nn
 
 from diffpeft.config import DiffPruningConfig
-from diffpeft.files.values import buffer_size
+from diffpeft.files.encoding import buffer_size
 from diffpeft.gates.update.factored import is_large
 from diffpeft.gates.update.low_memory import new_moments
 from diffpeft.gates.update.state import GATING_BUFFERS, GROUP_MOMENTS, LOG_ALPHAS, MOMENTS

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from diffpeft.files.keys import ROOT
 from diffpeft.gates.forward_pass import ForwardPass, remove_hooks
 from diffpeft.gates.hard_concrete import gated_parameter
 from diffpeft.layer import run
@@ -270,7 +271,7 @@ class RootParameters(DiffPruningLayer):
         noise: as in [`DiffPruningLayer`].
     """
 
-    NAME = "root_parameters"
+    NAME = ROOT
 
     def __init__(self, model: nn.Module, noise: ForwardPass) -> None:
         super().__init__(model, "", {}, noise)

@@ -11,17 +11,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from diffpeft.config import DiffPruningConfig
-from diffpeft.files import seal
+from diffpeft.files.encoding import buffer_size, pack
+from diffpeft.files.keys import POSITIONS, VALUES
 from diffpeft.files.stored_diff import StoredDiff
-from diffpeft.files.values import buffer_size
 from diffpeft.gates import hard_concrete as gates
 from diffpeft.gates.update.collect import UpdateStatus
 from diffpeft.gates.update.state import GATING_BUFFERS, LOW_MEMORY_BUFFERS
 from diffpeft.layer.initial import GATING_PARAMETERS, fixmask_tensors, gating_tensors
 from diffpeft.layer.wrapped import device_of, is_offloaded, own_shapes, quantization_backend
-
-VALUES = "diffpruning_values"
-POSITIONS = "diffpruning_positions"
 
 _generations = itertools.count()
 
@@ -232,7 +229,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
             if positions.shape != values.shape:
                 raise ValueError(f"{self.parameter_key(name)}: {len(positions)} positions, {len(values)} values")
             if len(positions):
-                packed = seal.pack(positions, self.shapes[name].numel())
+                packed = pack(positions, self.shapes[name].numel())
                 getattr(self, VALUES)[adapter_name][name] = nn.Parameter(values.clone(), requires_grad=trainable)
                 getattr(self, POSITIONS)[adapter_name][name] = packed
                 self.sparse(adapter_name, name).note(packed, positions.clone())

@@ -1,1 +1,6 @@
-"""Sparse diffs: positions, in-place updates, autograd, top-k, combining."""
+"""Sparse diffs: their codec, arithmetic and use; knows no models."""
+
+from diffpeft.sparse.combine import combine
+from diffpeft.sparse.compare import overlap
+
+__all__ = ["combine", "overlap"]

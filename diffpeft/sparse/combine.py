@@ -1,4 +1,4 @@
-"""Combine several finished sparse diffs into one, without ever making a tensor of a parameter's size.
+"""Combine several sparse diffs into one, without ever making a tensor of a parameter's size.
 
 Task arithmetic (arXiv 2212.04089), TIES (arXiv 2306.01708) and DARE (arXiv 2311.03099) with the arithmetic of PEFT's
 `merge_utils`, on the union of the diffs' positions. A diff that lacks a position is zero there.
@@ -9,10 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from diffpeft.sparse.diff import Diff
 from diffpeft.sparse.top_k import global_top_k
-
-Diff = dict[str, tuple[Tensor, Tensor]]
-"""Parameter name -> positions (int64, shape (k,), flat, strictly increasing) and values (fp32, shape (k,))."""
 
 COMBINATION_TYPES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 MAJORITY_SIGN_METHODS = ("total", "frequency")
@@ -27,7 +25,7 @@ def combine(
     majority_sign_method: str = "total",
     max_nonzeros: int | None = None,
 ) -> Diff:
-    """One diff from several.
+    """Combine several diffs into one.
 
     - `linear`: the sum of weight * diff (task arithmetic, arXiv 2212.04089).
     - `magnitude_prune`: the same after each diff was reduced to its largest magnitudes.
@@ -51,7 +49,7 @@ def combine(
         max_nonzeros: afterwards only this many entries stay, the largest magnitudes over all parameters together.
 
     Returns:
-        The combination, in fp32 on the device of the first diff's values; parameters in the order in which they first
+        The combined diff, in fp32 on the device of the first diff's values; parameters in the order in which they first
         appear. Entries that come out as 0 and parameters without entries are left out.
 
     Raises:
@@ -118,7 +116,7 @@ def _nonzeros(diff: Diff, index: int, device: torch.device | None) -> Diff:
         if not bool(finite.all()):
             raise ValueError(
                 f"diff {index} holds {float(values[~finite][0])} in {name}, which is no finite fp32 number; "
-                "leave this diff out or train it anew"
+                "leave this diff out or train it again"
             )
     return _select(moved, [values != 0 for _, values in moved.values()])
 
@@ -152,28 +150,26 @@ def _drop_randomly(diff: Diff, density: float) -> Diff:
 
 
 def _merge(present: Sequence[tuple[Tensor, Tensor, float]], elect: str | None) -> tuple[Tensor, Tensor]:
-    """One parameter from (positions, nonzero values, weight) of each diff: a weighted sum, or TIES if it has to elect.
+    """Combine one parameter's (positions, nonzero values, weight) of each diff: a weighted sum, or TIES if it has to elect.
 
     Adding one diff after the other, each of which has a position at most once, keeps the order of the sums fixed.
     """
-    positions, places = torch.unique(torch.cat([p for p, _, _ in present]), return_inverse=True)
-    parts = [
-        (place, values, weight)
-        for place, (_, values, weight) in zip(places.split([len(p) for p, _, _ in present]), present, strict=True)
-    ]
+    positions, inverse = torch.unique(torch.cat([p for p, _, _ in present]), return_inverse=True)
+    indices = inverse.split([len(p) for p, _, _ in present])
+    parts = [(index, values, weight) for index, (_, values, weight) in zip(indices, present, strict=True)]
     merged = torch.zeros(positions.shape, dtype=torch.float32, device=positions.device)
     if elect is None:
-        for place, values, weight in parts:
-            merged.index_add_(0, place, values * weight)
+        for index, values, weight in parts:
+            merged.index_add_(0, index, values * weight)
         return positions, merged
     votes = torch.zeros_like(merged)
-    for place, values, _ in parts:
-        votes.index_add_(0, place, values.sign() if elect == "frequency" else values)
+    for index, values, _ in parts:
+        votes.index_add_(0, index, values.sign() if elect == "frequency" else values)
     positive = votes >= 0
     agreeing = torch.zeros_like(merged)
-    for place, values, weight in parts:
-        agrees = (values > 0) == positive[place]
-        merged.index_add_(0, place, torch.where(agrees, values * weight, 0.0))
-        agreeing.index_add_(0, place, agrees.to(merged.dtype))
+    for index, values, weight in parts:
+        agrees = (values > 0) == positive[index]
+        merged.index_add_(0, index, torch.where(agrees, values * weight, 0.0))
+        agreeing.index_add_(0, index, agrees.to(merged.dtype))
     # Nothing agrees only where subnormal votes were flushed to 0.
     return positions, merged / agreeing.clamp(min=1)

@@ -1,14 +1,15 @@
-"""What two finished diffs have in common."""
+"""Compare two sparse diffs: shared positions, signs, direction."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from diffpeft.sparse.diff import Diff
+
 
 class Overlap(NamedTuple):
-    """Counts over all parameters, or one."""
+    """A comparison of two diffs, of all parameters or of one."""
 
     nonzeros_a: int
     nonzeros_b: int
@@ -22,23 +23,17 @@ class Overlap(NamedTuple):
 
     @property
     def jaccard(self) -> float:
-        """Shared positions as a share of those that either has."""
+        """Shared positions as a share of all positions that one of them has."""
         return self.shared / max(1, self.nonzeros_a + self.nonzeros_b - self.shared)
 
     @property
     def cosine(self) -> float:
-        """Of the two diffs as vectors."""
+        """Cosine of the angle between the two diffs as vectors; 0 where one is zero."""
         return self.dot / (self.norm_a * self.norm_b) if self.norm_a and self.norm_b else 0.0
 
 
-Diff = Mapping[str, tuple[Tensor, Tensor]]
-
-
 def overlap(a: Diff, b: Diff) -> tuple[Overlap, dict[str, Overlap]]:
-    """Compare two diffs of one base: in all, and for each parameter that one of them changes.
-
-    Each is (positions, values) by parameter: flat, int64, sorted; shape (k,) both.
-    """
+    """Compare two diffs of one base model: as a whole, and for each parameter that one of them changes."""
     nothing = torch.empty(0, dtype=torch.int64), torch.empty(0)
     per_parameter = {name: _overlap(*a.get(name, nothing), *b.get(name, nothing)) for name in dict.fromkeys([*a, *b])}
     parts = list(per_parameter.values())
@@ -55,13 +50,13 @@ def overlap(a: Diff, b: Diff) -> tuple[Overlap, dict[str, Overlap]]:
     return whole, per_parameter
 
 
-def _overlap(where_a: Tensor, values_a: Tensor, where_b: Tensor, values_b: Tensor) -> Overlap:
+def _overlap(positions_a: Tensor, values_a: Tensor, positions_b: Tensor, values_b: Tensor) -> Overlap:
     values_a, values_b = values_a.double(), values_b.double()
     norms = float(values_a.norm()), float(values_b.norm())
-    if not where_a.numel() or not where_b.numel():
-        return Overlap(where_a.numel(), where_b.numel(), 0, 0, 0.0, *norms)
-    place = torch.searchsorted(where_b, where_a).clamp(max=where_b.numel() - 1)
-    both = where_b[place] == where_a
-    first, second = values_a[both], values_b[place[both]]
+    if not positions_a.numel() or not positions_b.numel():
+        return Overlap(positions_a.numel(), positions_b.numel(), 0, 0, 0.0, *norms)
+    index = torch.searchsorted(positions_b, positions_a).clamp(max=positions_b.numel() - 1)
+    both = positions_b[index] == positions_a
+    first, second = values_a[both], values_b[index[both]]
     same = int((first.sign() == second.sign()).sum())
-    return Overlap(where_a.numel(), where_b.numel(), int(both.sum()), same, float(first @ second), *norms)
+    return Overlap(positions_a.numel(), positions_b.numel(), int(both.sum()), same, float(first @ second), *norms)

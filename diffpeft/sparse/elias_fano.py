@@ -30,7 +30,7 @@ def low_bits(count: int, numel: int) -> int:
 
 
 def _layout(count: int, numel: int) -> tuple[int, int, int]:
-    """How many positions are coded, with how many low bits, in how many bytes; without low bits it is a bitmap."""
+    """Number of coded positions, low bits of each, and bytes of the code; without low bits it is a bitmap."""
     if not 0 <= count <= numel:
         raise ValueError(f"there are no {count} positions below {numel}")
     coded = min(count, numel - count)
@@ -59,14 +59,14 @@ def pack(positions: Tensor, numel: int) -> Tensor:
     Raises:
         ValueError: positions out of order or out of range.
     """
-    here = positions.cpu()
-    check(here, numel)
-    array = here.numpy().astype(np.int64, order="C", casting="safe", copy=False)
+    on_cpu = positions.cpu()
+    check(on_cpu, numel)
+    array = on_cpu.numpy().astype(np.int64, order="C", casting="safe", copy=False)
     coded, bits, size = _layout(len(array), numel)
     if size == 0:
         return torch.empty(0, dtype=torch.uint8, device=positions.device)
     if coded != len(array):
-        array = _others(array, numel)
+        array = _complement(array, numel)
     planes, rest = divmod(bits, 8)
     octets = array.astype("<i8", copy=False).view(np.uint8).reshape(-1, 8)
     low = [octets[:, plane] for plane in range(planes)]
@@ -113,7 +113,7 @@ def _unpack(packed: Tensor, count: int, numel: int) -> Tensor:
     positions = torch.from_numpy(result.astype(np.int64, copy=False))
     check(positions, numel)
     if coded != count:
-        positions = torch.from_numpy(_others(result, numel))
+        positions = torch.from_numpy(_complement(result, numel))
     return positions.to(packed.device)
 
 
@@ -135,7 +135,7 @@ def check(positions: Tensor, numel: int) -> None:
         raise ValueError("positions are not strictly increasing: the file is damaged")
 
 
-def _others(array: NDArray[np.int64], numel: int) -> NDArray[np.int64]:
+def _complement(array: NDArray[np.int64], numel: int) -> NDArray[np.int64]:
     """Positions below `numel` that are not in `array`."""
     mask = np.ones(numel, dtype=np.bool_)
     mask[array] = False
@@ -145,11 +145,11 @@ def _others(array: NDArray[np.int64], numel: int) -> NDArray[np.int64]:
 def _steps(rest: int) -> list[tuple[int, int, int]]:
     """Steps to push 8 values of `rest` bits together in 64: a mask of every other value, its width, the gap behind."""
     widths = {lane: rest * lane // 8 for lane in (8, 16, 32)}
-    return [(sum((1 << w) - 1 << at for at in range(0, 64, 2 * lane)), w, lane - w) for lane, w in widths.items()]
+    return [(sum((1 << w) - 1 << bit for bit in range(0, 64, 2 * lane)), w, lane - w) for lane, w in widths.items()]
 
 
 def _squeeze(values: NDArray[Any], rest: int) -> NDArray[Any]:
-    """Bytes below 2^rest, as a stream of `rest` bits each."""
+    """Join bytes below 2^rest to a stream of `rest` bits each."""
     words: NDArray[Any] = np.pad(values, (0, -len(values) % 8)).view("<u8")
     for mask, width, gap in _steps(rest):
         words = (words & mask) | (words >> gap & mask << width)

@@ -1,17 +1,55 @@
-"""Which tensors of a base and of a fine-tuned model belong together, and which are heads."""
+"""Align a base and a fine-tuned model: which of their tensors belong together, and which are heads."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from diffpeft.files.checkpoint import Checkpoint
-from diffpeft.layer.layer import RootParameters
+from diffpeft.files.keys import ROOT, owners
 
 
-def align(old: Checkpoint, new: Checkpoint) -> dict[str, str]:
-    """The base's name of each parameter of the fine-tuned model that it has: the same, or one with the backbone's prefix
-    more or less, whichever finds the most. Raises ValueError where that is less than half."""
+class Alignment(NamedTuple):
+    """Two models, and which of their tensors belong together."""
+
+    old: Checkpoint
+    new: Checkpoint
+    modules: list[str]
+    """Modules of the new model that are saved whole."""
+    compared: dict[str, str]
+    """The old name of each parameter that is compared, by its name in the new model."""
+    total: int
+    """Parameters of the new model outside of `modules`."""
+    only_in_old: list[str]
+    """Parameters of the old model that the new one lacks."""
+
+
+def align_models(old: Checkpoint, new: Checkpoint, exclude: Sequence[str] | str) -> Alignment:
+    """Find what belongs together in a base and a fine-tuned model, without the modules of `exclude`.
+
+    Raises:
+        ValueError: models that are not of one architecture; a parameter of the backbone that is new or of another shape; a
+            name in `exclude` that matches no module.
+    """
+    names = _align(old, new)
+    modules = _whole_modules(old, new, names)
+    body = [name for name in new.parameters if not inside(name, modules)]
+    left_out = _excluded(owners(body), exclude)
+    compared = {name: names[name] for name in body if name.rpartition(".")[0] not in left_out}
+    total = sum(new.parameters[name].numel() for name in body)
+    used = set(names.values())
+    return Alignment(old, new, modules, compared, total, [name for name in old.parameters if name not in used])
+
+
+def inside(name: str, modules: Sequence[str]) -> bool:
+    """Whether the tensor `name` is in one of the modules."""
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _align(old: Checkpoint, new: Checkpoint) -> dict[str, str]:
+    """The base's name of each parameter of the fine-tuned model that it has, with the backbone's prefix added, removed or
+    neither, whichever finds the most. Raises ValueError where that is less than half."""
     available = old.parameters.keys() | old.tied.keys() | old.others.keys()
     prefixes = {prefix for prefix in (old.backbone, new.backbone) if prefix is not None}
     prefixes = prefixes or {name.partition(".")[0] for name in (*available, *new.parameters)}
@@ -33,14 +71,11 @@ def align(old: Checkpoint, new: Checkpoint) -> dict[str, str]:
     return best
 
 
-def inside(name: str, modules: Sequence[str]) -> bool:
-    """Whether the tensor `name` is in one of the modules."""
-    return any(name.startswith(f"{module}.") for module in modules)
+def _whole_modules(old: Checkpoint, new: Checkpoint, names: dict[str, str]) -> list[str]:
+    """The modules to save whole: fresh heads, those whose parameters are all new, and heads of another shape.
 
-
-def whole_modules(old: Checkpoint, new: Checkpoint, names: dict[str, str]) -> list[str]:
-    """The modules to save whole: fresh heads, those whose parameters are all new, and heads of another
-    shape. Raises ValueError for a parameter of another shape, or a new one, in the backbone."""
+    Raises ValueError for a parameter of the backbone that is new or of another shape.
+    """
     heads = list(new.heads)
     every = {**old.others, **old.tied, **old.parameters}
     backbone = new.backbone or _largest(new)
@@ -81,12 +116,12 @@ def _ancestors(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
-def excluded(modules: set[str], exclude: Sequence[str] | str) -> set[str]:
+def _excluded(modules: set[str], exclude: Sequence[str] | str) -> set[str]:
     """The modules that PEFT would leave out. Raises ValueError for a name that matches none."""
     found = set[str]()
     for pattern in [exclude] if isinstance(exclude, str) else exclude:
         regex = pattern if isinstance(exclude, str) else rf"(.*\.)?{re.escape(pattern)}"
-        matched = {module for module in modules if re.fullmatch(regex, module or RootParameters.NAME)}
+        matched = {module for module in modules if re.fullmatch(regex, module or ROOT)}
         if pattern and not matched:
             raise ValueError(
                 f"exclude={pattern!r} matches no module with parameters; use names such as {sorted(modules)[-1]!r}"

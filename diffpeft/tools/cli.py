@@ -9,24 +9,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from diffpeft.config import DiffPruningConfig
-from diffpeft.files import fingerprint
-from diffpeft.files.adapter import Diff, read_adapter, read_config, write_adapter
-from diffpeft.files.adapter import owners as owners_of
-from diffpeft.files.checkpoint import LazyTensors, open_checkpoint, skeleton_of
-from diffpeft.files.values import stored_size
+from diffpeft.files.adapter import write_adapter
+from diffpeft.files.checkpoint import skeleton_of
+from diffpeft.files.encoding import stored_size
+from diffpeft.files.keys import owners
 from diffpeft.sparse.combine import combine as combine_diffs
 from diffpeft.sparse.compare import overlap
-from diffpeft.tools.export import to_checkpoint, to_coo, to_super_tuning
+from diffpeft.sparse.diff import count_nonzeros
+from diffpeft.tools.export.checkpoint import to_checkpoint
+from diffpeft.tools.export.coo import to_coo
+from diffpeft.tools.export.peft import to_super_tuning
 from diffpeft.tools.extract import extract_diff
-from diffpeft.tools.hub import ADAPTER_FILES, CONFIG_FILES, MODEL_FILES, fetch
-from diffpeft.tools.plots import counts, draw
+from diffpeft.tools.hub import CONFIG_FILES, MODEL_FILES, fetch
+from diffpeft.tools.opened import OpenedAdapter
+from diffpeft.tools.plots import draw
+from diffpeft.tuner.combining import common_targets
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at diffs, and make others from them.")
 # A pipe has no width; names must not be cut there.
@@ -40,60 +42,9 @@ AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 Adapter = Annotated[str, typer.Argument(help="A finished adapter: a directory, or on the Hub.")]
 
 
-class Opened:
-    """An adapter, and the shapes of its base model's parameters."""
-
-    def __init__(self, adapter: str, base: str | None) -> None:
-        self.name, self.directory = adapter, fetch(adapter, ADAPTER_FILES)
-        named = read_config(self.directory)
-        if base is None and named.base_model_name_or_path is None:
-            raise ValueError(f"{adapter} does not tell its base model; give it with --base")
-        self.base = str(base or named.base_model_name_or_path)
-        shapes = _shapes(self.base, named.nnz_pattern or {})
-        self.config, self.diff, self.heads = read_adapter(self.directory, shapes)
-        self.shapes = {name: shape for name, shape in shapes.items() if name not in self.heads}
-
-    @property
-    def bytes(self) -> int:
-        """Of the adapter's weights file."""
-        return (self.directory / "adapter_model.safetensors").stat().st_size
-
-
-def _shapes(base: str, nnz: dict[str, int]) -> dict[str, torch.Size]:
-    """Shapes by the adapter's names, which lead through the backbone's name where the base is a bare backbone."""
-    shapes = dict(_base_shapes(base))
-    missing = sorted(nnz.keys() - shapes.keys())
-    for name in missing:
-        prefix, _, rest = name.partition(".")
-        if rest in shapes:
-            return {f"{prefix}.{key}": shape for key, shape in shapes.items()}
-    return shapes
-
-
-def _base_shapes(base: str) -> dict[str, torch.Size]:
-    try:
-        directory = fetch(base, CONFIG_FILES)
-    except ValueError as error:
-        raise ValueError(f"the base model: {error}; give another with --base") from None
-    model = None if Path(base).is_dir() else skeleton_of(directory)  # its weights need no download
-    if model is None:
-        return open_checkpoint(fetch(base, MODEL_FILES)).parameters
-    return {name: parameter.shape for name, parameter in model.named_parameters() if parameter.is_floating_point()}
-
-
-def _differing_base(opened: Opened) -> list[str]:
-    """Parameters of the base model that are not those that the diff was made from; of a base on the Hub none is read."""
-    if not Path(opened.base).is_dir() or opened.config.base_fingerprint is None:
-        return []
-    checkpoint = open_checkpoint(opened.base)
-    names = {name: name if name in checkpoint.parameters else name.partition(".")[2] for name in opened.shapes}
-    found = {name: base for name, base in names.items() if base in checkpoint.parameters}
-    return fingerprint.differing(opened.config.base_fingerprint, LazyTensors(checkpoint, found))
-
-
 @contextmanager
 def _working(text: str) -> Iterator[Callable[[float], None]]:
-    """Shows how far a long work is; gives what tells it the share that is done."""
+    """Show a progress bar. Gives a function that takes the share of the work that is done."""
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=problems, transient=True) as progress:
         task = progress.add_task(text, total=1.0)
@@ -123,11 +74,11 @@ def _cell(value: Any) -> str:
 
 @app.command()
 def inspect(adapter: Adapter, base: Base = None, as_json: AsJSON = False) -> None:
-    """Nonzeros, density, norm and bytes of every parameter, and in all."""
-    opened = Opened(adapter, base)
+    """Show nonzeros, density, norm and bytes of every parameter, and of the whole diff."""
+    opened = OpenedAdapter(adapter, base)
     rows = []
-    for name, (where, values) in opened.diff.items():
-        numel, k = opened.shapes[name].numel(), where.numel()
+    for name, (positions, values) in opened.diff.items():
+        numel, k = opened.shapes[name].numel(), positions.numel()
         row: dict[str, Any] = {"parameter": name, "nonzeros": k, "density": k / numel, "norm": float(values.norm())}
         rows.append({**row, "bytes": stored_size(k, numel, opened.config.value_dtype)})
     parameters = sum(shape.numel() for shape in opened.shapes.values())
@@ -142,9 +93,9 @@ def inspect(adapter: Adapter, base: Base = None, as_json: AsJSON = False) -> Non
 
 @app.command()
 def plot(adapter: Adapter, picture: Path, base: Base = None) -> None:
-    """Draw where the diff lives: by layer and by kind of matrix."""
-    opened = Opened(adapter, base)
-    draw(counts(opened.diff), {name: shape.numel() for name, shape in opened.shapes.items()}, picture)
+    """Draw the density of the diff by layer and by parameter."""
+    opened = OpenedAdapter(adapter, base)
+    draw(opened.diff, {name: shape.numel() for name, shape in opened.shapes.items()}, picture)
     console.print(f"wrote {picture}")
 
 
@@ -154,13 +105,13 @@ def verify(
     base: Base = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Read adapters whole and check all of them, and that a base in a directory is theirs; exit code 1 if one is not whole."""
+    """Read and check adapters, and that a base in a directory is theirs; exit code 1 if one is damaged."""
     rows = []
     for directory in adapters:
         try:
-            opened = Opened(directory, base)
-            other = _differing_base(opened)
-            verdict = f"{sum(counts(opened.diff).values())} nonzeros, whole"
+            opened = OpenedAdapter(directory, base)
+            other = opened.differing_base()
+            verdict = f"{sum(count_nonzeros(opened.diff).values())} nonzeros, whole"
             if other:
                 verdict = f"made from other weights than {opened.base}: {len(other)} parameters differ, {other[:3]}"
             rows.append({"adapter": directory, "whole": not other, "found": verdict})
@@ -172,8 +123,8 @@ def verify(
 
 @app.command()
 def diff(first: Adapter, second: Adapter, base: Base = None, as_json: AsJSON = False) -> None:
-    """What two adapters of one base share: positions, signs, direction."""
-    a, b = Opened(first, base), Opened(second, base)
+    """Compare two adapters of one base: shared positions, signs, direction."""
+    a, b = OpenedAdapter(first, base), OpenedAdapter(second, base)
     whole, parameters = overlap(a.diff, b.diff)
     rows = [
         {
@@ -194,7 +145,7 @@ def diff(first: Adapter, second: Adapter, base: Base = None, as_json: AsJSON = F
 def extract(
     base: Annotated[str, typer.Argument(help="The base model: a directory, or on the Hub.")],
     finetuned: Annotated[str, typer.Argument(help="A full fine-tune of it: a directory, or on the Hub.")],
-    output: Annotated[Path, typer.Argument(help="Where the adapter goes.")],
+    output: Annotated[Path, typer.Argument(help="The directory to write the adapter into.")],
     density: Annotated[float, typer.Option(help="Nonzeros as a share of the parameters.")] = 0.005,
     task_type: Annotated[str | None, typer.Option(help="For the adapter's config, e.g. SEQ_CLS.")] = None,
     value_dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or int8.")] = "float32",
@@ -215,7 +166,7 @@ def extract(
 @app.command()
 def merge(adapter: Adapter, output: Path, base: Base = None) -> None:
     """Write the base model with the diff merged, as a checkpoint of its own."""
-    opened = Opened(adapter, base)
+    opened = OpenedAdapter(adapter, base)
     directory = fetch(opened.base, MODEL_FILES)
     with _working(f"merging {adapter}") as progress:
         to_checkpoint(directory, opened.diff, output, opened.heads or None, progress)
@@ -231,7 +182,7 @@ def export(
     leave_out: Annotated[bool, typer.Option(help="Leave out what the format cannot hold.")] = False,
 ) -> None:
     """Write the diff in another format."""
-    opened = Opened(adapter, base)
+    opened = OpenedAdapter(adapter, base)
     if to == "coo":
         to_coo(opened.diff, opened.shapes, output)
     elif to == "super-tuning":
@@ -257,7 +208,8 @@ def export(
 @app.command()
 def combine(
     adapters: Annotated[list[str], typer.Argument(help="Adapters of one base.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the new adapter goes.")],
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write it into.")],
     weights: Annotated[list[float] | None, typer.Option("--weight", "-w", help="One an adapter; default 1.")] = None,
     combination_type: Annotated[str, typer.Option("--type", help="linear, ties, dare_linear, ...")] = "linear",
     density: Annotated[float | None, typer.Option(help="Share of each diff's nonzeros; not for linear.")] = None,
@@ -266,7 +218,7 @@ def combine(
     base: Base = None,
 ) -> None:
     """Make one adapter of several."""
-    opened = [Opened(adapter, base) for adapter in adapters]
+    opened = [OpenedAdapter(adapter, base) for adapter in adapters]
     with_heads = [one for one in opened if one.heads]
     chosen = [one for one in with_heads if one.name == heads_from] if heads_from else with_heads
     if len(with_heads) > 1 and len(chosen) != 1:
@@ -274,7 +226,7 @@ def combine(
     shapes = {name: shape for one in opened for name, shape in one.shapes.items()}
     total = sum(shape.numel() for shape in shapes.values())
     budget = None if target_density is None else max(1, round(target_density * total))
-    merged: Diff = combine_diffs(
+    merged = combine_diffs(
         [one.diff for one in opened],
         weights or [1.0] * len(opened),
         combination_type,
@@ -284,22 +236,11 @@ def combine(
     source = chosen[0] if chosen else opened[0]
     config = source.config
     config.value_dtype = "float32"
-    _set_targets(config, [one.config for one in opened], merged)
-    wrapped = owners_of(shapes if config.target_modules is None else merged)
+    for field, value in common_targets([one.config for one in opened], owners(merged)).items():
+        setattr(config, field, value)
+    wrapped = owners(shapes if config.target_modules is None else merged)
     write_adapter(output, config, merged, shapes, source.heads or None, wrapped)
-    console.print(f"{sum(counts(merged).values()):,} nonzeros in {output}")
-
-
-def _set_targets(config: DiffPruningConfig, configs: list[DiffPruningConfig], merged: Diff) -> None:
-    """Have the config cover what the combined diff changes, where the adapters' own targets differ."""
-    fields = "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"
-    targets = [{name: getattr(one, name) for name in fields} for one in configs]
-    if all(target == targets[0] for target in targets):
-        return
-    for name in fields:
-        setattr(config, name, None)
-    if all(one.target_modules is not None for one in configs):
-        config.target_modules = sorted(owners_of(merged))
+    console.print(f"{sum(count_nonzeros(merged).values()):,} nonzeros in {output}")
 
 
 def main() -> None:

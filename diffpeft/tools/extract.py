@@ -1,4 +1,4 @@
-"""A finished adapter from any fully fine-tuned model: its largest differences from the base, without any training."""
+"""Extract a pruned adapter from a fully fine-tuned model: its largest differences from the base, without training."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from torch import Tensor
 
 from diffpeft.config import DiffPruningConfig, check_density
 from diffpeft.files import fingerprint
-from diffpeft.files.adapter import owners, write_adapter
+from diffpeft.files.adapter import write_adapter
 from diffpeft.files.checkpoint import Checkpoint, LazyTensors, Source, open_checkpoint
-from diffpeft.files.values import check_dtype, rounded
+from diffpeft.files.encoding import check_dtype, rounded
+from diffpeft.sparse.diff import Diff, count_nonzeros
 from diffpeft.sparse.top_k import Scores, global_threshold, select
-from diffpeft.tools.alignment import align, excluded, inside, whole_modules
+from diffpeft.tools.alignment import Alignment, align_models, inside
 
-CHUNK = 1 << 20
-"""Entries that are compared at once, so that what is alive beside a tensor is small."""
+CHUNK_ELEMENTS = 1 << 20
+"""Entries that are compared at once: fewer take less memory beside a tensor, more take less time."""
 
 
 class Extraction(NamedTuple):
-    """What [`extract_diff`] found. Names are those of the fine-tuned model's parameters, if nothing else is said."""
+    """The result of [`extract_diff`]. Names are those of the fine-tuned model's parameters, if nothing else is said."""
 
-    diff: dict[str, tuple[Tensor, Tensor]]
-    """(positions, values) of each parameter with nonzeros: flat, int64, sorted; shape (k,) both."""
+    diff: Diff
+    """Positions and values of each parameter with nonzeros."""
     kept: int
     """Nonzeros of the diff."""
     total: int
-    """Parameters of the fine-tuned model but for its heads: what densities are shares of, as everywhere."""
+    """Parameters of the fine-tuned model without its heads, of which densities are shares."""
     density: float
     """kept / total."""
     heads: dict[str, Tensor]
@@ -54,16 +55,16 @@ def extract_diff(
     base_name: str | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Extraction:
-    """Turn a fully fine-tuned model into a finished adapter: the k largest |finetuned - base| of all tensors together.
+    """Turn a fully fine-tuned model into a pruned adapter: the k largest |finetuned - base| of all tensors together.
 
     k = round(density * parameters), or the number of entries that differ, where that is less. Tensors are read one pair at
     a time, several times each, so that memory holds little more than the largest of them and the result. The base plus the
-    diff, rounded to the base's dtype, is the fine-tuned model where all that differs is kept, to within a rounding of the
-    larger of the two entries, and to the bit for entries of a bf16 model that did not shrink by more than fp32 can tell.
+    diff, in the base's dtype, is the fine-tuned model where all that differs is kept, to within a rounding of the larger
+    entry, and to the bit for entries of a bf16 model that did not shrink by more than fp32 can tell.
 
-    What is new in the fine-tuned model, and its fresh task head even where the base has one, is saved whole
-    (`modules_to_save`). A bare backbone and a task model around one are aligned; the adapter has the fine-tuned model's
-    names, and loads into that architecture. Buffers and tensors that are not floating stay the base's.
+    Modules that are new, and a fresh task head even where the base has one, are saved whole (`modules_to_save`). A bare
+    backbone and a task model around one are aligned; the adapter has the fine-tuned model's names, and loads into that
+    architecture. Buffers and tensors that are not floating stay the base's.
 
     Args:
         base: a model in memory, or a directory of safetensors, in one file or in shards with an index.
@@ -73,7 +74,7 @@ def extract_diff(
         exclude: modules to leave as in the base, as `exclude_modules` of the config: names or suffixes, or a regex.
         value_dtype: of the values; "bfloat16", "float16" and "int8" make smaller files and less exact models.
         task_type: for the adapter's config, e.g. "SEQ_CLS".
-        base_name: of the base model in the adapter's config, by default what `base` is.
+        base_name: the base model's name in the adapter's config, by default that of `base`.
         progress: called with the share of the readings that are done, before each; there are four of every pair of tensors.
 
     Raises:
@@ -83,57 +84,56 @@ def extract_diff(
     """
     check_density(density)
     check_dtype(value_dtype)
-    old, new = open_checkpoint(base), open_checkpoint(finetuned)
-    names = align(old, new)
-    modules = whole_modules(old, new, names)
-    body = [name for name in new.parameters if not inside(name, modules)]
-    left_out = excluded(owners(body), exclude)
-    compared = [name for name in body if name.rpartition(".")[0] not in left_out]
-    total = sum(new.parameters[name].numel() for name in body)
-    k = round(density * total)
-    if k < 1 or not compared:
-        raise ValueError(
-            f"density={density} of {total} parameters, {len(compared)} tensors, is {k} nonzeros; use a higher one"
-        )
-    differences = _Differences(old, new, {name: names[name] for name in compared}, progress)
-    differing = sum(differences.count(name) for name in compared)
-    if not differing:
-        raise ValueError(f"{old.label} and {new.label} are the same outside the heads, so there is nothing to extract")
-
-    pairs = _largest(differences, min(k, differing))
-    diff = {name: (where, _rounded(values, value_dtype, name)) for name, (where, values) in pairs.items()}
-    heads = {
-        name: new.load(name).clone() for name in (*new.parameters, *new.tied, *new.others) if inside(name, modules)
-    }
-    shapes = {name: new.parameters[name] for name in compared}
+    found = align_models(open_checkpoint(base), open_checkpoint(finetuned), exclude)
+    extraction = _extract(found, density, value_dtype, progress)
     if output is not None:
         config = DiffPruningConfig(
             task_type=task_type,
-            auto_mapping=None if task_type is not None else _mapping(new),
+            auto_mapping=None if task_type is not None else _mapping(found.new),
             base_model_name_or_path=base_name or _path(base),
             target_density=density,
-            modules_to_save=modules or None,
+            modules_to_save=found.modules or None,
             exclude_modules=(exclude if isinstance(exclude, str) else list(exclude)) or None,
             value_dtype=value_dtype,
-            base_fingerprint=fingerprint.take(LazyTensors(old, {name: names[name] for name in compared})),
+            base_fingerprint=fingerprint.take(LazyTensors(found.old, found.compared)),
         )
-        write_adapter(output, config, diff, shapes, heads)
+        shapes = {name: found.new.parameters[name] for name in found.compared}
+        write_adapter(output, config, extraction.diff, shapes, extraction.heads)
+    return extraction
+
+
+def _extract(
+    found: Alignment, density: float, value_dtype: str, progress: Callable[[float], None] | None
+) -> Extraction:
+    old, new, compared = found.old, found.new, found.compared
+    k = round(density * found.total)
+    if k < 1 or not compared:
+        raise ValueError(
+            f"density={density} of {found.total} parameters, {len(compared)} tensors, is {k} nonzeros; use a higher one"
+        )
+    differences = _Differences(old, new, compared, progress)
+    differing = sum(differences.count(name) for name in compared)
+    if not differing:
+        raise ValueError(f"{old.label} and {new.label} are the same outside the heads, so there is nothing to extract")
     count = min(k, differing)
-    used = set(names.values())
+    pairs = _largest(differences, count)
+    diff = {name: (positions, _rounded(values, value_dtype, name)) for name, (positions, values) in pairs.items()}
+    kept = count_nonzeros(diff)
+    every = (*new.parameters, *new.tied, *new.others)
     return Extraction(
         diff=diff,
         kept=count,
-        total=total,
-        density=count / total,
-        heads=heads,
-        only_in_base=[name for name in old.parameters if name not in used],
-        differing_buffers=list(_differing_buffers(old, new, modules)),
-        per_parameter={n: (diff[n][0].numel() if n in diff else 0, shape.numel()) for n, shape in shapes.items()},
+        total=found.total,
+        density=count / found.total,
+        heads={name: new.load(name).clone() for name in every if inside(name, found.modules)},
+        only_in_base=found.only_in_old,
+        differing_buffers=list(_differing_buffers(old, new, found.modules)),
+        per_parameter={name: (kept.get(name, 0), new.parameters[name].numel()) for name in compared},
     )
 
 
 def _mapping(new: Checkpoint) -> dict[str, str] | None:
-    """What PEFT's auto classes load the base by."""
+    """The class of the base model, for PEFT's auto classes."""
     if new.model_class is None:
         return None
     return {"base_model_class": new.model_class.__name__, "parent_library": new.model_class.__module__}
@@ -147,7 +147,7 @@ def _path(base: Source) -> str | None:
 
 
 class _Differences:
-    """finetuned - base of one parameter at a time, fp32, flat; each takes the place of the one before.
+    """finetuned - base of one parameter at a time, fp32, flat; each overwrites the one before.
 
     Args:
         old: the base.
@@ -157,21 +157,21 @@ class _Differences:
     """
 
     READINGS = 4
-    """Of each pair: one to count what differs, two to find the threshold, one to take what is above it."""
+    """Readings of each pair: one to count the differences, two to find the threshold, one to take those above it."""
 
     def __init__(
         self, old: Checkpoint, new: Checkpoint, names: dict[str, str], progress: Callable[[float], None] | None
     ) -> None:
         self.old, self.new, self.names = old, new, names
         self._progress, self._read = progress, 0
-        self._place = torch.empty(max(new.parameters[name].numel() for name in names))
+        self._buffer = torch.empty(max(new.parameters[name].numel() for name in names))
 
     def of(self, name: str) -> Tensor:
         """The differences in the parameter `name`; they last until the next are asked for."""
         if self._progress is not None:
             self._progress(self._read / (self.READINGS * len(self.names)))
         self._read += 1
-        delta = self._place[: self.new.parameters[name].numel()]
+        delta = self._buffer[: self.new.parameters[name].numel()]
         changed = self.new.load(name)
         if changed.dtype == torch.float64:
             return delta.copy_((changed - self.old.load(self.names[name]).to(changed.device)).reshape(-1))
@@ -180,11 +180,11 @@ class _Differences:
         return delta.sub_(self.old.load(self.names[name]).reshape(-1).to("cpu"))
 
     def scores(self, name: str) -> Scores:
-        """Gives the magnitudes of [`of`]."""
-        return lambda: torch.split(self.of(name).abs_(), CHUNK)
+        """A function that gives the magnitudes of [`of`]."""
+        return lambda: torch.split(self.of(name).abs_(), CHUNK_ELEMENTS)
 
     def count(self, name: str) -> int:
-        """How many entries differ. Raises ValueError where a difference is not finite."""
+        """The number of entries that differ. Raises ValueError where a difference is not finite."""
         delta = self.of(name).abs_()
         if delta.numel() and not bool(torch.isfinite(delta.max())):
             raise ValueError(
@@ -193,10 +193,10 @@ class _Differences:
         return int(delta.count_nonzero())
 
 
-def _largest(differences: _Differences, k: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Positions and values of the k largest differences of all, ties going to the first tensors and positions.
+def _largest(differences: _Differences, k: int) -> Diff:
+    """The k largest differences of all tensors together, ties going to the first tensors and positions.
 
-    Like [`diffpeft.sparse.top_k.global_top_k`], but nothing that stays is allocated between tensors that go: the holes that these leave would
+    Like `global_top_k`, but nothing that stays is allocated between tensors that go: the holes that these leave would
     be too small for the next, and memory would grow by a tensor for each.
     """
     threshold = global_threshold([differences.scores(name) for name in differences.names], k)
@@ -204,11 +204,11 @@ def _largest(differences: _Differences, k: int) -> dict[str, tuple[Tensor, Tenso
     spans, filled, ties = {}, 0, threshold.ties
     for name in differences.names:
         delta, start = differences.of(name), filled
-        for offset in range(0, delta.numel(), CHUNK):
-            part = delta[offset : offset + CHUNK]
-            where, ties = select(part.abs(), threshold, ties)
-            span = slice(filled, filled + where.numel())
-            positions[span], values[span] = where + offset, part[where]
+        for offset in range(0, delta.numel(), CHUNK_ELEMENTS):
+            part = delta[offset : offset + CHUNK_ELEMENTS]
+            found, ties = select(part.abs(), threshold, ties)
+            span = slice(filled, filled + found.numel())
+            positions[span], values[span] = found + offset, part[found]
             filled = span.stop
         spans[name] = slice(start, filled)
     return {n: (positions[span].clone(), values[span].clone()) for n, span in spans.items() if span.stop > span.start}

@@ -1,4 +1,4 @@
-"""Sharing an adapter on the Hub with its model card, and fetching what is there."""
+"""Share an adapter on the Hub with its model card, and fetch adapters and models from there."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 def fetch(source: str | os.PathLike[str], files: Sequence[str]) -> Path:
-    """A directory as it is; else the files of the Hub's repository of that name, from the cache or downloaded.
+    """The directory `source`, or one with the files of the Hub's repository of that name, from the cache or downloaded.
 
     Args:
         source: a directory, or a repository such as "user/name".
-        files: patterns of the files that are wanted of a repository.
+        files: patterns of the files to fetch; a repository without the first is refused.
 
     Raises:
         ValueError: neither.

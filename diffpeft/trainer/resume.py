@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,11 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from diffpeft.config import DiffPruningConfig
 from diffpeft.model import DiffPruningModel
 from diffpeft.sparse.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
-
-DECISIVE = (
-    "target_modules",
-    "exclude_modules",
-    "modules_to_save",
-    "layers_to_transform",
-    "layers_pattern",
-    "target_density",
-    "gated",
-    "structured",
-    "group_penalty",
-    "l0_lambda",
-    "gate_learning_rate",
-    "stretch",
-    "init_log_alpha",
-    "low_memory",
-)
-"""Fields of the config that a resumed run must have as the checkpoint's had them."""
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -86,7 +70,8 @@ def _sum(tensor: Tensor) -> int:
 def settings(tuner: DiffPruningModel, adapter_name: str) -> dict[str, Any]:
     """The config's fields that decide where a run ends, as JSON has them, and the fingerprint of the base model."""
     config = tuner.peft_config[adapter_name].to_dict()
-    decisive = {name: config[name] for name in DECISIVE}
+    deciding = [field.name for field in fields(DiffPruningConfig) if field.metadata.get("decides_run")]
+    decisive = {name: config[name] for name in deciding}
     for name, value in decisive.items():
         if isinstance(value, (set, frozenset)):
             decisive[name] = sorted(value)

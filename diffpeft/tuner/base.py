@@ -15,12 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffpeft.config import DiffPruningConfig
 from diffpeft.files import fingerprint
+from diffpeft.files.checkpoint import fresh_head
 from diffpeft.layer.find import layers_in, outer_modules
 from diffpeft.layer.layer import DiffPruningLayer, RootParameters
 from diffpeft.layer.output import OutputLayer
 from diffpeft.layer.wrapped import is_quantized, own_shapes
-from diffpeft.tuner import injection, loading, mixed_batch, switching
-from diffpeft.tuner.head import FileCheck, fresh_head
+from diffpeft.tuner import injection, mixed_batch, switching
+from diffpeft.tuner.state_dict import FirstPassCheck, check_modules
 
 GATING, FIXMASK = "gating", "fixmask"
 
@@ -169,9 +170,9 @@ class DiffPruningTuner(BaseTuner):
         injection.check_base(layers, adapter_name, config)
         injection.note_sharing(model, self.all_layers())
         if config.heads_checksum is not None or config.diff_checksum is not None:
-            FileCheck(config, adapter_name).watch(model)
+            FirstPassCheck(config, adapter_name).watch(model)
         if state_dict is not None:
-            loading.check_modules(self.all_layers(), adapter_name, state_dict)
+            check_modules(self.all_layers(), adapter_name, state_dict)
 
     def _adapt_missed(self, model: nn.Module, adapter_name: str, config: DiffPruningConfig) -> None:
         """Adapt what PEFT passes over: modules inside wrapped ones, and the parameters that the model itself owns."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 
-from diffpeft.config import check_density
-from diffpeft.sparse.combine import Diff, combine
+from diffpeft.config import DiffPruningConfig, check_density
+from diffpeft.sparse.combine import combine
+from diffpeft.sparse.diff import Diff
 from diffpeft.tuner.base import GATING, DiffPruningTuner
 
 
@@ -84,12 +85,19 @@ def add_combination(
     tuner.set_requires_grad(adapter_name, requires_grad=False)
 
 
-def common_targets(tuner: DiffPruningTuner, adapters: Sequence[str]) -> dict[str, Any]:
-    """The config's fields that say where diffs are, for the diffs of all these adapters together."""
+def common_targets(configs: Sequence[DiffPruningConfig], modules: Iterable[str]) -> dict[str, Any]:
+    """Fields of a config that covers the diffs of several adapters together, by name.
+
+    Args:
+        configs: the adapters' own.
+        modules: names of the modules that their diffs change.
+
+    Returns:
+        The adapters' own targets where these are equal; else no limit where one of them has none; else the modules.
+    """
     fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    targets = [{field: getattr(tuner.peft_config[name], field) for field in fields} for name in adapters]
+    targets = [{field: getattr(config, field) for field in fields} for config in configs]
     if all(target == targets[0] for target in targets):
         return targets[0]
-    keys = sorted({layer.module_key for name in adapters for layer in tuner.layers_of(name)})
     anywhere = any(target["target_modules"] is None for target in targets)
-    return {**dict.fromkeys(fields), "target_modules": None if anywhere else keys}
+    return {**dict.fromkeys(fields), "target_modules": None if anywhere else sorted(set(modules))}

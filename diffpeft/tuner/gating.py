@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffpeft.config import DiffPruningConfig
-from diffpeft.files.values import stored_size
+from diffpeft.files.encoding import stored_size
 from diffpeft.gates import hard_concrete as gates
 from diffpeft.gates.update import step as update
 from diffpeft.gates.update.collect import collect, log_alphas
@@ -18,7 +18,7 @@ from diffpeft.gates.update.step import Progress
 from diffpeft.sparse import elias_fano as positions
 from diffpeft.sparse.sharded import check_whole
 from diffpeft.tuner.base import FIXMASK, GATING
-from diffpeft.tuner.state_dict import AdapterStateDict
+from diffpeft.tuner.state_dict_hooks import AdapterStateDict
 
 
 class GatingPhase(AdapterStateDict):

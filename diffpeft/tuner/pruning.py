@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from diffpeft.config import DiffPruningConfig, check_density
+from diffpeft.files.keys import VALUES
 from diffpeft.gates.scores import GatedDiff
 from diffpeft.layer.layer import DiffPruningLayer
-from diffpeft.layer.tensors import VALUES
 from diffpeft.sparse.sharded import check_whole
 from diffpeft.sparse.top_k import global_top_k
 from diffpeft.tuner.base import GATING, DiffPruningTuner

@@ -15,14 +15,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffpeft.files.atomic import stage_weights
-from diffpeft.files.seal import PART
-from diffpeft.peft_type import DIFFPRUNING
+from diffpeft.files.keys import KEY_MARKER, PEFT_TYPE
 
 
 def _save_or_stage(tensors: dict[str, Tensor], filename: str, *args: Any, **kwargs: Any) -> None:
     """What PEFT saves an adapter's weights with."""
     path = Path(filename)
-    if path.name == SAFETENSORS_WEIGHTS_NAME and any(PART in key for key in tensors):
+    if path.name == SAFETENSORS_WEIGHTS_NAME and any(KEY_MARKER in key for key in tensors):
         stage_weights(path.parent, tensors)
     else:
         save_file(tensors, filename, *args, **kwargs)
@@ -30,7 +29,7 @@ def _save_or_stage(tensors: dict[str, Tensor], filename: str, *args: Any, **kwar
 
 def register(config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
     """Register the tuner's config and model with PEFT. Idempotent."""
-    if DIFFPRUNING not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        register_peft_method(name=DIFFPRUNING.lower(), config_cls=config_cls, model_cls=model_cls)
+    if PEFT_TYPE not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(name=PEFT_TYPE.lower(), config_cls=config_cls, model_cls=model_cls)
     # PEFT would truncate the old weights first: a kill would leave neither adapter.
     peft_model.safe_save_file = _save_or_stage

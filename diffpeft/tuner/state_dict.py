@@ -1,78 +1,246 @@
-"""The tuner's part in what goes into an adapter's file and what comes out of one (PEFT's hooks)."""
+"""An adapter's tensors on their way into a file and out of one."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from diffpeft.config import DiffPruningConfig
-from diffpeft.files import values
-from diffpeft.layer.find import outer_modules
+from diffpeft.files.adapter import verify, verify_heads
+from diffpeft.files.encoding import checksums_of, fits, has_checksum, strip_checksum
+from diffpeft.files.keys import KEY_MARKER, POSITIONS, ROOT, VALUES, base_model_key, diff_keys, parameter_and_kind
 from diffpeft.layer.layer import DiffPruningLayer
-from diffpeft.layer.tensors import POSITIONS, VALUES
 from diffpeft.sparse.sharded import is_sharded
-from diffpeft.tuner import loading
-from diffpeft.tuner.base import DiffPruningTuner
+
+# Saving
 
 
-class AdapterStateDict(DiffPruningTuner):
-    """Saving and loading."""
+def tensors_to_save(
+    model: nn.Module, config: DiffPruningConfig, adapter_name: str, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The tensors of an adapter as they go into its file: values in the config's dtype, positions with their checksum.
 
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: DiffPruningConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
-    ) -> dict[str, Tensor]:
-        """What goes into the file (PEFT's hook): values in the config's dtype, positions with their seal."""
-        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
+    Args:
+        model: holds the adapter.
+        config: the adapter's. Its `value_dtype` becomes "float32" where values have trained since they were cast.
+        adapter_name: the adapter.
+        tensors: the adapter's, by their keys in the state dict.
+
+    Raises:
+        ValueError: values that are NaN, infinite, damaged or were never loaded; embeddings that PEFT would save merged.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)}
+    found = {}
+    for module, layer in layers.items():
+        for name in layer.nnz(adapter_name) or {}:
+            keys = tuple(f"{module}.{kind}.{adapter_name}.{name}" for kind in (VALUES, POSITIONS))
+            if all(key in tensors for key in keys):
+                # The state dict may have been made before values were decoded; a sharded tensor is whole there alone.
+                values = layer.sparse(adapter_name, name).values
+                found[layer, name, keys] = tensors[keys[0]] if is_sharded(values) else values
+    if not all(fits(values, config.value_dtype) for values in found.values()):
+        config.value_dtype = "float32"  # they have trained since they were cast
+        for layer in layers.values():
+            layer.configs[adapter_name] = config
+    targets = config.target_modules if isinstance(config.target_modules, (list, set)) else []
+    if any(layer.merged for layer in layers.values()) and any(
+        target.rsplit(".", 1)[-1] in EMBEDDING_LAYER_NAMES for target in targets
+    ):
+        raise ValueError(
+            f"PEFT saves the whole embeddings beside the diff where target_modules names them, {sorted(targets)}, and "
+            "they hold the diff already while it is merged; call unmerge_adapter() first"
         )
-        layers = {
-            n: m for n, m in model.named_modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)
-        }
-        kept = {}
-        for module, layer in layers.items():
-            for name in layer.nnz(adapter_name) or {}:
-                keys = tuple(f"{module}.{kind}.{adapter_name}.{name}" for kind in (VALUES, POSITIONS))
-                if all(key in tensors for key in keys):
-                    # What was just opened is not yet what the state dict has; what is sharded is whole there alone.
-                    mine = layer.sparse(adapter_name, name).values
-                    kept[layer, name, keys] = tensors[keys[0]] if is_sharded(mine) else mine
-        if not all(values.fit(tensor, config.value_dtype) for tensor in kept.values()):
-            config.value_dtype = "float32"  # they have trained since they were cast
-            for layer in layers.values():
-                layer.configs[adapter_name] = config
-        targets = config.target_modules if isinstance(config.target_modules, (list, set)) else []
-        if any(layer.merged for layer in layers.values()) and any(
-            target.rsplit(".", 1)[-1] in EMBEDDING_LAYER_NAMES for target in targets
-        ):
+    saved, stored, shapes = dict(tensors), dict[str, Tensor](), dict[str, torch.Size]()
+    for (layer, name, keys), values in found.items():
+        encoded, what = layer.sparse(adapter_name, name).encoded(values), layer.parameter_key(name)
+        saved.update(zip(keys, encoded, strict=True))
+        stored.update(zip(diff_keys(what), encoded, strict=True))
+        shapes[what] = layer.shapes[name]
+    verify(stored, _without_record(config), shapes)
+    return saved
+
+
+def _without_record(config: DiffPruningConfig) -> DiffPruningConfig:
+    """A copy of a config that says nothing of the file's checksums and counts."""
+    config = copy.copy(config)
+    config.heads_checksum = config.diff_checksum = config.nnz_pattern = None
+    return config
+
+
+# Loading
+
+
+def match_file(
+    layers: Iterable[DiffPruningLayer],
+    config: DiffPruningConfig,
+    adapter_name: str,
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Give the layers of an adapter, and its config, the phase and the shapes of a file. A file that is refused leaves the
+    layers alone.
+
+    Args:
+        layers: all layers that hold the adapter.
+        config: the adapter's; its `nnz_pattern` and `value_dtype` become the file's, its checksums None.
+        adapter_name: the adapter.
+        tensors: the file's, without the adapter's name in their keys.
+
+    Returns:
+        The file's tensors as they are in memory: values fp32, those of int8 times their scale.
+
+    Raises:
+        ValueError: no diff-pruning tensors in the file; the adapter is merged; what [`verify`] refuses.
+    """
+    layers = list(layers)
+    if not any(KEY_MARKER in key for key in tensors):
+        raise ValueError(f"there are no diff-pruning tensors in what is to be loaded into adapter {adapter_name!r}")
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ValueError(f"adapter {adapter_name!r} is merged into the base model; unmerge it before loading over it")
+    before = copy.copy(config)
+    config.heads_checksum = config.diff_checksum = None  # the file's, not of what is trained from here on
+    if any(diff.is_filled for layer in layers for diff in layer.sparse_diffs(adapter_name).values()):
+        before.nnz_pattern = None  # an adapter that was in use takes on the file's counts
+    pruned = any(f".{kind}." in key for key in tensors for kind in (VALUES, POSITIONS))
+    shapes = {layer.parameter_key(name): shape for layer in layers for name, shape in layer.shapes.items()}
+    try:
+        if not pruned and before.diff_checksum is None:
+            verify_heads(tensors, before.heads_checksum)
+        else:
+            decoded = verify(tensors, before, shapes)
+    except ValueError as error:
+        raise ValueError(f"adapter {adapter_name!r}: {error}") from None
+    if not pruned:
+        config.nnz_pattern = None
+        for layer in layers:
+            if not layer.is_gating(adapter_name):
+                layer.start_gating(adapter_name)
+        return dict(tensors)
+    counts = {name: decoded.diff[name][0].numel() for name in shapes if name in decoded.diff}
+    config.nnz_pattern, config.value_dtype = counts, decoded.value_dtype
+    for layer in layers:
+        own = {name: counts.get(layer.parameter_key(name), 0) for name in layer.shapes}
+        layer.configs[adapter_name] = config
+        layer.make_room(adapter_name, {name: count for name, count in own.items() if count})
+    loaded = dict(tensors)
+    for key, tensor in tensors.items():
+        if KEY_MARKER in key:
+            name, kind = parameter_and_kind(key)
+            if kind == VALUES:
+                loaded[key] = decoded.diff[name][1]
+            elif decoded.value_dtype == "int8":  # with a checksum they would be taken for values without their scale
+                loaded[key] = strip_checksum(tensor)
+    return loaded
+
+
+def rename(tensors: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tensor]:
+    """Give the tensors of a file the keys of the model, which differ where other modules are wrapped."""
+    by_name = {base_model_key(key): key for key in keys if KEY_MARKER in key}
+    return {
+        by_name.get(base_model_key(key), key) if KEY_MARKER in key else key: tensor for key, tensor in tensors.items()
+    }
+
+
+def check_modules(layers: Iterable[DiffPruningLayer], adapter_name: str, keys: Iterable[str]) -> None:
+    """Raise ValueError unless all of a file's tensors belong to modules that the adapter covers."""
+    covered = {layer.key or ROOT for layer in layers if layer.has_adapter(adapter_name)}
+    unknown = sorted({base_model_key(key).split(KEY_MARKER)[0] for key in keys if KEY_MARKER in key} - covered)
+    if unknown:
+        raise ValueError(
+            f"the tensors belong to {len(unknown)} modules that adapter {adapter_name!r} does not cover, {unknown[:3]}; "
+            "they are of another model or config"
+        )
+
+
+def check_complete(expected: Mapping[str, Tensor], adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a file holds every tensor of the adapter in its shape, and no other diff-pruning tensor.
+
+    Args:
+        expected: the adapter's tensors in the model, by key.
+        adapter_name: the adapter.
+        tensors: the file's, by the same keys.
+    """
+    given = {key: tensor for key, tensor in tensors.items() if KEY_MARKER in key}
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"the file does not fit the adapter {adapter_name!r}: {len(missing)} tensors are missing {missing[:3]}, "
+            f"{len(unknown)} belong to no adapted parameter {unknown[:3]}; it is damaged or of another model or config"
+        )
+    for key, tensor in given.items():
+        if tensor.shape != expected[key].shape:
             raise ValueError(
-                f"PEFT saves the whole embeddings beside the diff where target_modules names them, {sorted(targets)}, and "
-                "they hold the diff already while it is merged; call unmerge_adapter() first"
+                f"{key} is {tuple(tensor.shape)} in the file and {tuple(expected[key].shape)} in the model; the file is "
+                "damaged or belongs to another model"
             )
-        for (layer, name, keys), tensor in kept.items():
-            tensors.update(zip(keys, layer.sparse(adapter_name, name).encoded(tensor), strict=True))
-        return tensors
 
-    @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: DiffPruningConfig, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Bring the adapter into the file's phase and shapes, which loading into an adapter that exists does not."""
-        layers = {
-            name: layer
-            for name, layer in outer_modules(model)
-            if isinstance(layer, DiffPruningLayer) and layer.has_adapter(adapter_name)
+
+class FirstPassCheck:
+    """Compare an adapter with the checksums of its config in the next forward pass of the model, once.
+
+    PEFT's loading compares the file itself. transformers' `load_adapter` shows nobody the file, and casts heads to the dtype
+    of the model: of heads that it has rounded nothing can be said.
+
+    Args:
+        config: the adapter's. Its `heads_checksum` and `diff_checksum` are None once they were compared.
+        adapter_name: the adapter.
+    """
+
+    def __init__(self, config: DiffPruningConfig, adapter_name: str) -> None:
+        self.config = config
+        self.adapter_name = adapter_name
+
+    def watch(self, model: nn.Module) -> None:
+        """Compare when `model` runs."""
+        model.register_forward_pre_hook(self)
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        """Raise ValueError if the adapter is not that of the file."""
+        if torch.compiler.is_compiling():
+            return
+        for key in [key for key, hook in model._forward_pre_hooks.items() if hook is self]:
+            model._forward_pre_hooks.pop(key)
+        heads_checksum, diff_checksum = self.config.heads_checksum, self.config.diff_checksum
+        self.config.heads_checksum = self.config.diff_checksum = None
+        if heads_checksum is not None:
+            self._check_heads(model, heads_checksum)
+        buffers = {n: b for n, b in model.named_buffers() if f".{POSITIONS}.{self.adapter_name}." in n}
+        # Those that were used before, or that are on a device only while they run, are checked one by one.
+        as_loaded = bool(buffers) and not any(buffer.is_meta or not has_checksum(buffer) for buffer in buffers.values())
+        if diff_checksum is not None and as_loaded and checksums_of(buffers).diff != diff_checksum:
+            raise ValueError(
+                f"the diff of adapter {self.adapter_name!r} is not that of its config: it is damaged, or the two are of "
+                "different adapters; load it with PeftModel.from_pretrained, which says where"
+            )
+
+    def _check_heads(self, model: nn.Module, expected: int) -> None:
+        heads = {
+            f"{name}.{key}": tensor
+            for name, wrapper in model.named_modules()
+            if isinstance(wrapper, ModulesToSaveWrapper) and self.adapter_name in wrapper.modules_to_save
+            for key, tensor in wrapper.modules_to_save[self.adapter_name].state_dict().items()
         }
-        state_dict = loading.adopt(list(layers.values()), config, adapter_name, state_dict)
-        own = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.tensors(adapter_name)}
-        state_dict = loading.rename(state_dict, {cls._remove_adapter_name_from_key(key, adapter_name) for key in own})
-        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
-        loading.check_complete(own, adapter_name, remapped)
-        return remapped
+        if any(tensor.is_meta for tensor in heads.values()):  # offloaded since they were loaded
+            return
+        broken = sorted(name for name, head in heads.items() if not bool(head.isfinite().all()))
+        if broken:
+            raise ValueError(
+                f"{broken} of adapter {self.adapter_name!r} are NaN or infinite: its training has diverged"
+            )
+        if {t.dtype for t in heads.values() if t.is_floating_point()} != {torch.float32}:
+            return
+        as_stored = [
+            {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in heads.items()}
+            for dtype in (torch.float32, torch.bfloat16, torch.float16)
+        ]
+        if expected not in (checksums_of(tensors).heads for tensors in as_stored):
+            raise ValueError(
+                f"the heads of adapter {self.adapter_name!r}, {sorted(heads)[:3]}, are not those of its file: the file is "
+                "damaged, or they were changed after loading; load it with PeftModel.from_pretrained, or before you change "
+                f"them set peft_config[{self.adapter_name!r}].heads_checksum = None"
+            )

@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from diffpeft import DiffPruningConfig
-from diffpeft.files import seal
+from diffpeft.files import encoding
 from diffpeft.files.adapter import read_adapter, write_adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -108,10 +108,10 @@ def positions_of(key):
     return key.replace("_values.", "_positions.")
 
 
-def sealed(tensors, key):
-    """The positions that belong to these values, with a seal that does."""
+def with_checksum(tensors, key):
+    """The positions that belong to these values, with a checksum that does."""
     name = key.removeprefix("base_model.model.").replace("diffpruning_values.", "")
-    return seal.seal(tensors[positions_of(key)], tensors[key], name)
+    return encoding.add_checksum(tensors[positions_of(key)], tensors[key], name)
 
 
 def put(key, change):
@@ -128,15 +128,15 @@ DAMAGE = {
     "packed size": (damage_tensors(put(positions_of, lambda t: t[:-1].clone())), r"layer\.0.*bytes cannot hold"),
     "no positions": (damage_tensors(put(positions_of, lambda t: t.fill_(255))), r"layer\.0.*positions"),
     "NaN": (damage_tensors(put(str, lambda t: t.fill_(torch.nan))), r"layer\.0.*checksum"),
-    "NaN, sealed": (
-        damage_tensors(lambda t, n: (t[n].fill_(torch.nan), t.update({positions_of(n): sealed(t, n)}))),
+    "NaN, right checksum": (
+        damage_tensors(lambda t, n: (t[n].fill_(torch.nan), t.update({positions_of(n): with_checksum(t, n)}))),
         r"layer\.0.*NaN",
     ),
     "other dtype": (damage_tensors(put(str, lambda t: t.to(torch.int16))), r"layer\.0.*is torch.int16 of"),
     "no scale": (damage_tensors(put(str, lambda t: t.to(torch.int8))), r"layer\.0.*checksum"),
-    "no scale, sealed": (
+    "no scale, right checksum": (
         damage_tensors(
-            lambda t, n: (put(str, lambda v: v.to(torch.int8))(t, n), t.update({positions_of(n): sealed(t, n)}))
+            lambda t, n: (put(str, lambda v: v.to(torch.int8))(t, n), t.update({positions_of(n): with_checksum(t, n)}))
         ),
         r"layer\.0.*torch.int8 with 0 scales",
     ),
@@ -188,10 +188,17 @@ WRONG = {
     "numbers": ({"a.b": ([0, 1], [1.0])}, {}, r"a\.b: positions are \(2,\), values \(1,\)"),
     "order": ({"a.b": ([1, 0], [1.0, 1.0])}, {}, r"a\.b: positions are not strictly increasing"),
     "range": ({"a.b": ([9], [1.0])}, {}, r"a\.b: positions reach from 9 to 9"),
-    "infinite": ({"a.b": ([0], [float("inf")])}, {}, r"a\.b in float32 has NaN or infinite"),
+    "infinite": ({"a.b": ([0], [float("inf")])}, {}, r"a\.b has NaN or infinite"),
     "head": ({"a.b": ([0], [1.0])}, {"h.w": torch.tensor([torch.nan])}, r"head h\.w has NaN"),
     "empty": ({"a.b": ([], [])}, {}, "nothing to write"),
 }
+
+
+def test_values_beyond_their_dtype_are_not_written(tmp_path):
+    diff, config = {"a.b": (torch.tensor([0]), torch.tensor([1e6]))}, DiffPruningConfig(value_dtype="float16")
+    with pytest.raises(ValueError, match=r"a\.b: its values are NaN or infinite in float16.*too narrow"):
+        write_adapter(tmp_path, config, diff, {"a.b": torch.Size((3,))})
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("what", WRONG)

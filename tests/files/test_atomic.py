@@ -1,13 +1,16 @@
+import json
 import os
 
 import pytest
 import torch
 from architectures import pruned
 from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
 
 from diffpeft import DiffPruningConfig
 from diffpeft.files import atomic
 from diffpeft.files.adapter import read_adapter, write_adapter
+from diffpeft.files.encoding import checksums_of
 
 
 class Killed(BaseException):
@@ -164,3 +167,24 @@ def test_adapters_of_other_methods_are_saved_as_ever(tiny_bert, tmp_path):
     assert PeftConfig.from_pretrained(tmp_path).peft_type == "LORA"
     assert sorted(os.listdir(tmp_path)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
     assert not isinstance(PeftConfig.from_pretrained(tmp_path), DiffPruningConfig)
+
+
+def test_files_have_the_permissions_that_the_umask_gives(adapters, tmp_path):
+    for mask in (0o022, 0o077):
+        before = os.umask(mask)
+        try:
+            adapters[0].save_pretrained(tmp_path / f"{mask}")
+        finally:
+            os.umask(before)
+        for file in (tmp_path / f"{mask}").iterdir():
+            assert file.stat().st_mode & 0o777 == 0o666 & ~mask, file.name
+
+
+@pytest.mark.parametrize("write", [with_peft, without_a_model])
+def test_the_checksums_in_the_config_are_those_of_the_file(adapters, tmp_path, write):
+    for number, adapter in enumerate(adapters):
+        write(tmp_path / f"{number}", adapter)
+        told = json.loads((tmp_path / f"{number}" / "adapter_config.json").read_text())
+        found = checksums_of(load_file(tmp_path / f"{number}" / "adapter_model.safetensors"))
+        assert (told["heads_checksum"], told["diff_checksum"]) == found
+        assert (found.heads is None) == bool(number)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from peft.utils import merge_utils
 from torch import Tensor
 
-from diffpeft.sparse.combine import COMBINATION_TYPES, Diff, combine
+from diffpeft.sparse.combine import COMBINATION_TYPES, combine
+from diffpeft.sparse.diff import Diff
 
 SIZES = {"a": 40, "b": 7, "c": 100}
 THINNING = tuple(name for name in COMBINATION_TYPES if name != "linear")
@@ -300,7 +301,7 @@ def test_a_missing_density_is_refused(kind):
 def test_values_without_an_order_are_refused(device, kind, wrong):
     bad = drawn(1, device=device)
     bad["b"][1][0] = wrong
-    with pytest.raises(ValueError, match=f"diff 1 holds {wrong} in b, .*; leave this diff out or train it anew"):
+    with pytest.raises(ValueError, match=f"diff 1 holds {wrong} in b, .*; leave this diff out or train it again"):
         combine([drawn(0, device=device), bad], [1.0, 0.0], kind, **at_density_one(kind))
 
 

@@ -1,4 +1,4 @@
-"""A finished diff in its base model's own tensors: a merged checkpoint, and patches for a running engine."""
+"""A sparse diff added to its base model's tensors: a merged checkpoint, and patches for a running engine."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from diffpeft.files import checkpoint
-from diffpeft.sparse.combine import Diff
+from diffpeft.files.checkpoint import locate
+from diffpeft.sparse.diff import Diff, check_diff
 from diffpeft.sparse.inplace import Entry, InplaceUpdate, read_at
-from diffpeft.tools.export.coo import check_diff, check_int32
+from diffpeft.tools.export.coo import check_int32
 
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.gguf", ".git", ".cache")
-"""What of a base model's directory would be its old weights beside the merged ones."""
+"""Files in a base model's directory that are not copied: they are, or may hold, its old weights."""
 
 
 class WeightPatch(NamedTuple):
@@ -32,28 +31,8 @@ class WeightPatch(NamedTuple):
     full_shape: tuple[int, ...]
 
 
-def _places(directory: Path) -> dict[str, list[Any]]:
-    """Where each parameter is in the files, by its name in the model: a tied one may be there under each of its names."""
-    stored, skeleton = checkpoint._stored(directory), checkpoint.skeleton_of(directory)
-    if skeleton is None:
-        return {name: [place] for name, place in stored.items()}
-    stored = checkpoint._renamed(stored, skeleton, directory)
-    named = {n: id(p) for n, p in skeleton.named_parameters(remove_duplicate=False)}
-    tied: dict[int, list[Any]] = {}
-    for name, identity in named.items():
-        if name in stored and stored[name] not in tied.setdefault(identity, []):
-            tied[identity].append(stored[name])
-    return {name: tied[named[name]] if name in named else [place] for name, place in stored.items()}
-
-
-def _load(place: Any) -> Tensor:
-    with safe_open(place.file, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(place.key)
-    return tensor
-
-
 def to_weight_patches(diff: Diff, directory: str | os.PathLike[str]) -> Iterator[WeightPatch]:
-    """The tensors that a diff changes, as patches for vLLM's sparse weight transfer: `SparseWeightPatch(*patch)`.
+    """Yield the changed entries as patches for vLLM's sparse weight transfer: `SparseWeightPatch(*patch)`.
 
     vLLM has no file for them: a trainer sends them to a running engine with the backend "sparse_nccl". Each names a tensor
     as the checkpoint does, with int32 indices into all of it, flat and each once, and the values that replace the old
@@ -73,16 +52,16 @@ def to_weight_patches(diff: Diff, directory: str | os.PathLike[str]) -> Iterator
     Raises:
         ValueError: a diff that does not fit the checkpoint; a tensor of more than 2^31 elements; a sum that is not finite.
     """
-    places = _places(Path(directory))
+    places = locate(Path(directory))
     check_diff(diff, {name: found[0].shape for name, found in places.items()})
-    for name, (where, values) in diff.items():
-        for place in places[name] if where.numel() else []:
-            check_int32(place.key, place.shape.numel())
-            flat = _load(place).reshape(-1)
-            InplaceUpdate([Entry(flat, where.cpu(), values.cpu())]).apply()
-            yield WeightPatch(
-                place.key, where.cpu().to(torch.int32), _finite(name, flat[where.cpu()]), tuple(place.shape)
-            )
+    for name, (positions, values) in diff.items():
+        positions, values = positions.cpu(), values.cpu()
+        for stored in places[name] if positions.numel() else []:
+            check_int32(stored.key, stored.shape.numel())
+            flat = stored.load().reshape(-1)
+            InplaceUpdate([Entry(flat, positions, values)]).apply()
+            summed = _finite(name, flat[positions])
+            yield WeightPatch(stored.key, positions.to(torch.int32), summed, tuple(stored.shape))
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
@@ -141,25 +120,25 @@ def _check_heads(heads: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) 
 def _write_directory(
     directory: Path, diff: Diff, scratch: Path, heads: Mapping[str, Tensor], progress: Callable[[float], None]
 ) -> None:
-    places = _places(directory)
+    places = locate(directory)
     shapes = {name: found[0].shape for name, found in places.items()}
     check_diff(diff, shapes)
     _check_heads(heads, shapes)
     # The contents alone: a cache's files may be links, and read-only.
     shutil.copytree(directory, scratch, ignore=shutil.ignore_patterns(*OTHER_WEIGHTS), copy_function=shutil.copyfile)
-    for file in {place.file for found in places.values() for place in found}:
+    for file in {stored.file for found in places.values() for stored in found}:
         shutil.copyfile(file, scratch / file.name)
     changed = {**diff, **heads}
     for done, name in enumerate(changed, start=1):
-        for place in places[name]:
-            tensor = _load(place)
+        for stored in places[name]:
+            tensor = stored.load()
             if name in diff:
-                where, values = (one.cpu() for one in diff[name])
-                InplaceUpdate([Entry(tensor, where, values)]).apply()
-                _finite(name, read_at(tensor, where))
+                positions, values = (one.cpu() for one in diff[name])
+                InplaceUpdate([Entry(tensor, positions, values)]).apply()
+                _finite(name, read_at(tensor, positions))
             if name in heads:
                 tensor.copy_(heads[name])
-            _overwrite(scratch / place.file.name, place.key, tensor)
+            _overwrite(scratch / stored.file.name, stored.key, tensor)
         progress(done / len(changed))
 
 
@@ -181,8 +160,8 @@ def _write_model(model: PreTrainedModel, diff: Diff, scratch: Path, heads: Mappi
     whole = {name: tensors[name].detach().clone() for name in heads}
     entries = {name: Entry(tensors[name], *(one.to(tensors[name].device) for one in diff[name])) for name in diff}
     with InplaceUpdate(entries.values()):
-        for name, (tensor, where, _) in entries.items():
-            _finite(name, read_at(tensor.data, where))
+        for name, (tensor, positions, _) in entries.items():
+            _finite(name, read_at(tensor.data, positions))
         try:
             for name, head in heads.items():
                 tensors[name].data.copy_(head)

@@ -1,4 +1,4 @@
-"""Finished diffs to and from the adapters of PEFT's other sparse methods: Super-Tuning and SHiRA."""
+"""Convert diffs to and from the adapters of PEFT's other sparse methods, Super-Tuning and SHiRA."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffpeft.files.atomic import replace_adapter
-from diffpeft.files.seal import canonical
-from diffpeft.layer.tensors import AdapterTensors
-from diffpeft.sparse.combine import Diff
-from diffpeft.tools.export.coo import check_diff, check_int32, flat
-
-PREFIX = "base_model.model."
+from diffpeft.files.keys import KEY_MARKER, PREFIX, base_model_key
+from diffpeft.sparse.diff import Diff, check_diff, count_nonzeros, flatten_indices
+from diffpeft.tools.export.coo import check_int32
 
 
 class SuperTuningExport(NamedTuple):
-    """What [`to_super_tuning`] wrote: `nonzeros` of the diff, zeros added as `padding`, and the nonzeros `left_out` of
-    each parameter that the format cannot hold."""
+    """The result of [`to_super_tuning`]."""
 
     nonzeros: int
+    """Entries of the diff that were written."""
     padding: int
+    """Zeros that were written beside them."""
     left_out: dict[str, int]
+    """Nonzeros of each parameter that the format cannot hold."""
 
 
 class Imported(NamedTuple):
-    """What an adapter of another method holds: its `diff`, and `heads`, the tensors of `modules_to_save` by name."""
+    """An adapter of another method."""
 
     diff: Diff
     heads: dict[str, Tensor]
+    """The tensors of `modules_to_save` by name in the base model."""
 
 
 def to_super_tuning(
@@ -62,7 +62,7 @@ def to_super_tuning(
 
     Args:
         diff: positions and values of shape (k,) by parameter name, as of `get_diff()`.
-        model: the base model, plain or with adapters, on any device, meta too: it tells which parameters are of `nn.Linear`.
+        model: the base model, plain or with adapters, on any device, meta too; its modules show which are `nn.Linear`.
         directory: made if it is not there; an adapter in it is replaced.
         base_model_name_or_path: for the config.
         task_type: for the config.
@@ -80,33 +80,19 @@ def to_super_tuning(
         raise ValueError(
             f"{len(heads)} tensors of heads came without modules_to_save; pass that of the adapter's config"
         )
-    parameters, linear = _parameters(model)
-    check_diff(diff, {name: parameter.shape for name, parameter in parameters.items()})
-    counts = {name: values.numel() for name, (_, values) in diff.items() if values.numel()}
-    left_out = {name: count for name, count in counts.items() if name not in linear}
-    if left_out and not leave_out:
-        examples = ", ".join(f"{count} in {name}" for name, count in list(left_out.items())[:3])
-        raise ValueError(
-            f"Super-Tuning holds weights of nn.Linear only, but {sum(left_out.values())} of {sum(counts.values())} nonzeros "
-            f"are in {len(left_out)} other parameters ({examples}); leave them out with leave_out=True, or train with "
-            'target_modules="all-linear", which still includes the biases of these modules'
-        )
-    held = {name: (count, parameters[name].numel()) for name, count in counts.items() if name in linear}
-    if not held:
-        raise ValueError("0 nonzeros are in weights of nn.Linear, so there is nothing to write; use another format")
-    sparsity = _sparsity(list(held.values()))
+    sizes, left_out = _held(diff, model, leave_out)
+    sparsity = _sparsity([(diff[name][0].numel(), numel) for name, numel in sizes.items()])
     tensors = {PREFIX + name: head.detach().to("cpu", copy=True).contiguous() for name, head in (heads or {}).items()}
-    padding = 0
-    for name, (count, numel) in held.items():
-        check_int32(name, numel)
+    nonzeros = padding = 0
+    for name, numel in sizes.items():
         key, size = PREFIX + name.removesuffix("weight"), int(numel * (1 - sparsity))
-        where, values = (tensor.cpu() for tensor in diff[name])
-        padding += size - count
-        where, values = _padded(where, values.float(), size)
-        tensors[f"{key}supertuning_indices"], tensors[f"{key}supertuning_values"] = where.to(torch.int32), values
+        positions, values = (tensor.cpu() for tensor in diff[name])
+        nonzeros, padding = nonzeros + positions.numel(), padding + size - positions.numel()
+        positions, values = _padded(positions, values.float(), size)
+        tensors[f"{key}supertuning_indices"], tensors[f"{key}supertuning_values"] = positions.to(torch.int32), values
     config = SupertuningConfig(
         # A pattern, not a list, whose names would also match the ends of longer ones.
-        target_modules="|".join(re.escape(name.removesuffix(".weight")) for name in held),
+        target_modules="|".join(re.escape(name.removesuffix(".weight")) for name in sizes),
         modules_to_save=list(modules_to_save) if modules_to_save else None,
         base_model_name_or_path=base_model_name_or_path,
         task_type=task_type,
@@ -115,17 +101,42 @@ def to_super_tuning(
     ).to_dict()
     config["target_modules"] = str(config["target_modules"])
     replace_adapter(Path(directory), tensors, json.dumps(config, indent=2, sort_keys=True))
-    return SuperTuningExport(sum(count for count, _ in held.values()), padding, left_out)
+    return SuperTuningExport(nonzeros, padding, left_out)
+
+
+def _held(diff: Diff, model: nn.Module, leave_out: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Elements of each weight whose nonzeros Super-Tuning can hold, and nonzeros of each parameter that it cannot.
+
+    Raises ValueError for the latter unless they may be left out, where nothing can be held, and for a diff that does not
+    fit.
+    """
+    parameters, linear = _parameters(model)
+    check_diff(diff, {name: parameter.shape for name, parameter in parameters.items()})
+    counts = {name: count for name, count in count_nonzeros(diff).items() if count}
+    left_out = {name: count for name, count in counts.items() if name not in linear}
+    if left_out and not leave_out:
+        examples = ", ".join(f"{count} in {name}" for name, count in list(left_out.items())[:3])
+        raise ValueError(
+            f"Super-Tuning holds weights of nn.Linear only, but {sum(left_out.values())} of {sum(counts.values())} nonzeros "
+            f"are in {len(left_out)} other parameters ({examples}); leave them out with leave_out=True, or train with "
+            'target_modules="all-linear", which still includes the biases of these modules'
+        )
+    sizes = {name: parameters[name].numel() for name in counts if name in linear}
+    if not sizes:
+        raise ValueError("0 nonzeros are in weights of nn.Linear, so there is nothing to write; use another format")
+    for name, numel in sizes.items():
+        check_int32(name, numel)
+    return sizes, left_out
 
 
 def _parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], set[str]]:
-    """All parameters by their names in the base model, and those of them that Super-Tuning can hold."""
+    """All parameters by their names in the base model, and the names of those that Super-Tuning can hold."""
     owners: dict[int, int] = {}
     parameters, linear = {}, set()
     for path, module in model.named_modules():
-        if isinstance(module, AdapterTensors):
+        if KEY_MARKER in f".{path}":
             continue
-        key = canonical(f"{path}.")
+        key = base_model_key(f"{path}.")
         for name, parameter in module.named_parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
             parameters[key + name] = parameter
@@ -142,13 +153,13 @@ def _sparsity(counts: Collection[tuple[int, int]]) -> float:
     return sparsity
 
 
-def _padded(where: Tensor, values: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Zeros at the first free positions, up to `size` entries; of the first `size` positions, enough are free."""
+def _padded(positions: Tensor, values: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Add zeros at the first free positions, up to `size` entries; among the first `size` positions enough are free."""
     free = torch.ones(size, dtype=torch.bool)
-    free[where[where < size]] = False
-    extra = free.nonzero().squeeze(1)[: size - where.numel()]
-    where, order = torch.cat([where, extra]).sort()
-    return where, torch.cat([values, values.new_zeros(extra.shape)])[order]
+    free[positions[positions < size]] = False
+    extra = free.nonzero().squeeze(1)[: size - positions.numel()]
+    positions, order = torch.cat([positions, extra]).sort()
+    return positions, torch.cat([values, values.new_zeros(extra.shape)])[order]
 
 
 def _read(directory: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -159,11 +170,11 @@ def _read(directory: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]
     config = json.loads(files[0].read_text())
     if config.get("peft_type") != kind:
         raise ValueError(f"{files[0]}: peft_type is {config.get('peft_type')!r}, not {kind!r}; use a {kind} adapter")
-    return config, {canonical(key): tensor for key, tensor in load_file(files[1]).items()}
+    return config, {base_model_key(key): tensor for key, tensor in load_file(files[1]).items()}
 
 
 def _imported(file: Path, tensors: dict[str, Tensor], kind: str, keys: tuple[str, str], remedy: str) -> Iterator[Any]:
-    """Each weight's name, indices and values, which leave `tensors`; what then remains are heads."""
+    """Yield each weight's name, indices and values, and take them out of `tensors`, so that the heads remain."""
     for key in [key for key in tensors if key.endswith(keys)]:
         if key not in tensors:
             continue
@@ -176,15 +187,15 @@ def _imported(file: Path, tensors: dict[str, Tensor], kind: str, keys: tuple[str
             )
         if pair[0].shape[-1] != pair[1].numel():
             raise ValueError(
-                f"{file}: {module} has {pair[0].shape[-1]} indices and {pair[1].numel()} values; it is damaged, save it anew"
+                f"{file}: {module} has {pair[0].shape[-1]} indices and {pair[1].numel()} values; it is damaged, save it again"
             )
         yield f"{module}.weight", pair[0].long(), pair[1].float()
 
 
-def _summed(where: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted positions, each once, without those whose value is 0."""
-    unique, places = torch.unique(where, return_inverse=True)
-    total = values.new_zeros(unique.shape).index_add_(0, places, values)
+def _summed(positions: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the values at each position; positions come out sorted, without those whose value is 0."""
+    unique, inverse = torch.unique(positions, return_inverse=True)
+    total = values.new_zeros(unique.shape).index_add_(0, inverse, values)
     return unique[total != 0], total[total != 0]
 
 
@@ -205,7 +216,7 @@ def from_super_tuning(directory: str | os.PathLike[str]) -> Imported:
     remedy = "load it with PEFT on its base model and save it with save_precomputed_indices=True"
     keys = "supertuning_indices", "supertuning_values"
     pairs = _imported(directory, tensors, "Super-Tuning", keys, remedy)
-    return Imported({name: _summed(where, values) for name, where, values in pairs}, tensors)
+    return Imported({name: _summed(positions, values) for name, positions, values in pairs}, tensors)
 
 
 def from_shira(directory: str | os.PathLike[str], shapes: Mapping[str, torch.Size]) -> Imported:
@@ -224,12 +235,12 @@ def from_shira(directory: str | os.PathLike[str], shapes: Mapping[str, torch.Siz
     """
     directory = Path(directory)
     _, tensors = _read(directory, "SHIRA")
-    remedy = "a seed gives the mask back only on the torch that drew it: save the adapter anew where it was trained"
+    remedy = "a seed gives the mask back only on the torch that drew it: save the adapter again where it was trained"
     diff: Diff = {}
-    for name, where, values in _imported(directory, tensors, "SHiRA", ("shira_indices", "shira_weight"), remedy):
+    for name, indices, values in _imported(directory, tensors, "SHiRA", ("shira_indices", "shira_weight"), remedy):
         if name not in shapes:
             raise ValueError(
                 f"{directory}: {name} is no parameter of the base model; pass the shapes of its own base model"
             )
-        diff[name] = _summed(flat(name, where, shapes[name]), values)
+        diff[name] = _summed(flatten_indices(name, indices, shapes[name]), values)
     return Imported(diff, tensors)

@@ -64,7 +64,7 @@ def run(task: str, method: str, seed: int, data_dir: str, work: Path) -> None:
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     kept["seed"], kept["learning_rate"] = seed, LEARNING_RATE[method]
     kept["expected_density"] = [
-        (entry["step"], entry["diffpruning/expected_density"]) for entry in history if "diffpruning/expected_density" in entry
+        (entry["step"], entry["diffpruning/expected_density"]) for entry in history if "diffpruning/phase" in entry
     ]
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{task}-{method}-{seed}.json").write_text(json.dumps(kept, indent=1) + "\n")

@@ -23,7 +23,7 @@ from quickstart import LEARNING_RATE, make_data, make_model, make_trainer
 from torch import Tensor
 
 from diffpeft import DiffPruningCallback, DiffPruningConfig
-from diffpeft.files.values import VALUE_DTYPES
+from diffpeft.files.encoding import VALUE_DTYPES
 
 COLUMNS = (
     "value_dtype",

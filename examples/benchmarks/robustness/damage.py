@@ -12,7 +12,7 @@ from benchmarks.robustness.adapters import CONFIG, PREFIX, WEIGHTS, Files
 from safetensors.torch import load, save
 from torch import Tensor
 
-from diffpeft.files import seal
+from diffpeft.files import encoding
 from diffpeft.sparse import elias_fano as positions
 
 VALUES, POSITIONS = ".diffpruning_values.", ".diffpruning_positions."
@@ -31,7 +31,7 @@ def regions(data: bytearray) -> dict[str, list[int]]:
     for key, entry in json.loads(data[8:start]).items():
         if key != "__metadata__":
             own = [start + offset for offset in range(*entry["data_offsets"])]
-            size = seal.SEAL if POSITIONS in key else 0
+            size = encoding.CHECKSUM_BYTES if POSITIONS in key else 0
             found["seals"] += own[:size]
             found["positions" if size else "values" if VALUES in key else "heads"] += own[size:]
     return found
@@ -64,7 +64,7 @@ def recount(counts: dict[str, int], rng: random.Random) -> None:
 def spoil_head(tensors: Tensors, fields: dict[str, Any], rng: random.Random) -> None:
     """Make an entry of a head NaN or infinite, and renew the checksum."""
     tensors[HEAD][0, rng.randrange(12)] = rng.choice((math.nan, math.inf))
-    fields["heads_checksum"] = seal.checksum_of_heads(tensors)
+    fields["heads_checksum"] = encoding.checksums_of(tensors).heads
 
 
 def rewrite_diff(tensors: Tensors, rng: random.Random, change: Callable[..., Any]) -> None:
@@ -74,13 +74,13 @@ def rewrite_diff(tensors: Tensors, rng: random.Random, change: Callable[..., Any
     encoding can put only such positions out of order.
     """
     values, packed = tensors[WORDS], WORDS.replace(VALUES, POSITIONS)
-    found = seal.unpack(tensors[packed], len(values), NUMEL)
+    found = encoding.unpack(tensors[packed], len(values), NUMEL)
     high = found >> positions.low_bits(len(found), NUMEL)
     index = rng.choice((high[1:] == high[:-1]).nonzero().flatten().tolist())
     found, values = change(found.tolist(), values.tolist(), index, rng)
     tensors[WORDS] = torch.tensor(values)
     with mock.patch.object(positions, "check"):
-        tensors[packed] = seal.seal(seal.pack(torch.tensor(found), NUMEL), tensors[WORDS])
+        tensors[packed] = encoding.add_checksum(encoding.pack(torch.tensor(found), NUMEL), tensors[WORDS])
 
 
 SEALED: dict[str, Callable[..., Any]] = {
@@ -127,7 +127,7 @@ def damages(own: Files, twin: Files, other: Files) -> Iterator[tuple[str, Change
     """
     parts, start = regions(own[WEIGHTS]), own[CONFIG].index(b'"base_fingerprint"')
     stop = own[CONFIG].index(b"}", start)
-    body, seals = range(len(parts["header"]), len(own[WEIGHTS])), parts["seals"][:: seal.SEAL]
+    body, seals = range(len(parts["header"]), len(own[WEIGHTS])), parts["seals"][:: encoding.CHECKSUM_BYTES]
     tensors, theirs = load(bytes(own[WEIGHTS])), load(bytes(twin[WEIGHTS]))
     for region, own_bytes in parts.items():
         yield f"a bit of the {region}", lambda f, rng, b=own_bytes: flip(f[WEIGHTS], rng, b)

@@ -1,4 +1,7 @@
-"""Damage to an adapter's file is told: every bit of values, positions and heads is covered."""
+"""Values as a layer holds them before and after their first use.
+
+Values that are int8 in a file lack their scale there, and so do those that a loader fills in without telling anybody.
+"""
 
 import copy
 import json
@@ -8,242 +11,26 @@ import random
 import accelerate
 import pytest
 import torch
-from architectures import ARCHITECTURES
-from hypothesis import given
-from hypothesis import strategies as st
+from adapter_files import POOLER, WEIGHTS, copy_of, native, put, values_of
+from architectures import ARCHITECTURES, pruned
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from diffpeft import DiffPruningConfig, DiffPruningModel
-from diffpeft.files import seal
+from diffpeft.files import encoding
 from diffpeft.files.adapter import read_adapter
-from diffpeft.files.values import to_file
+from diffpeft.files.encoding import encode
 
 DENSITY = 0.02
-WEIGHTS = "adapter_model.safetensors"
-POOLER = "base_model.model.bert.pooler.dense.diffpruning_{}.weight"
 
 
 @pytest.fixture(scope="module")
 def saved(tiny_bert, tmp_path_factory):
-    """A finished adapter with a head on disk, and its logits."""
+    """A pruned adapter with a head on disk, and the model that it was saved from."""
     directory = tmp_path_factory.mktemp("adapter")
-    config = DiffPruningConfig(task_type="SEQ_CLS", target_density=DENSITY, init_weights=False)
-    model = get_peft_model(tiny_bert(), config).eval()
-    model.base_model.magnitude_prune()
+    model = pruned(tiny_bert(), task_type="SEQ_CLS", target_density=DENSITY).eval()
     model.save_pretrained(directory)
     return directory, model
-
-
-def copy_of(directory, to):
-    for file in directory.iterdir():
-        (to / file.name).write_bytes(file.read_bytes())
-    return to / "adapter_model.safetensors"
-
-
-@given(st.lists(st.integers(0, 999), unique=True, max_size=50), st.data())
-def test_any_flipped_bit_breaks_a_seal(where, data):
-    values = torch.randn(len(where))
-    buffer = seal.seal(seal.pack(torch.tensor(sorted(where), dtype=torch.int64), 1000), values)
-    seal.check(buffer, values)
-    assert seal.is_sealed(buffer)
-    damaged, damaged_values = buffer.clone(), values.clone()
-    target = data.draw(st.sampled_from([t for t in (damaged, damaged_values.view(torch.uint8)) if t.numel()]))
-    target[data.draw(st.integers(0, target.numel() - 1))] ^= 1 << data.draw(st.integers(0, 7))
-    if not seal.is_sealed(damaged):
-        return  # all four bytes of the seal would have to be 0
-    with pytest.raises(ValueError, match="checksum"):
-        seal.check(damaged, damaged_values)
-
-
-def test_a_buffer_in_memory_has_no_seal():
-    buffer = seal.pack(torch.tensor([1, 5]), 9)
-    assert not seal.is_sealed(buffer)
-    with pytest.raises(ValueError, match="checksum"):  # a file must have one
-        seal.check(buffer, torch.randn(2))
-    assert torch.equal(seal.unpack(buffer, 2, 9), torch.tensor([1, 5]))
-    assert buffer.numel() == seal.size(2, 9)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_a_file_with_a_flipped_bit_is_refused_or_means_the_same(saved, tiny_bert, batch, tmp_path, seed):
-    """Bits of the header too: some of them only change the order of its entries or a blank."""
-    directory, model = saved
-    file = copy_of(directory, tmp_path)
-    data = bytearray(file.read_bytes())
-    place = random.Random(seed).randrange(len(data))
-    data[place] ^= 1 << (seed % 8)
-    file.write_bytes(bytes(data))
-    try:
-        loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path).eval()
-    except Exception:  # safetensors, PEFT and we each have errors of our own
-        return
-    assert torch.equal(loaded(**batch()).logits, model(**batch()).logits), f"byte {place}"
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_truncated_file_is_refused(saved, tiny_bert, tmp_path, share):
-    file = copy_of(saved[0], tmp_path)
-    data = file.read_bytes()
-    file.write_bytes(data[: int(share * len(data))])
-    with pytest.raises(Exception, match=r"."):
-        PeftModel.from_pretrained(tiny_bert(), tmp_path)
-
-
-def test_values_that_training_changed_get_a_new_seal(saved, tiny_bert, tmp_path, batch):
-    model = PeftModel.from_pretrained(tiny_bert(), saved[0], is_trainable=True)
-    model(**batch())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.01)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path)
-    assert torch.equal(loaded.eval()(**batch()).logits, model.eval()(**batch()).logits)
-
-
-def test_saving_what_was_loaded_and_never_run_does_not_hide_damage(saved, tiny_bert, tmp_path):
-    model = PeftModel.from_pretrained(tiny_bert(), saved[0])
-    with torch.no_grad():
-        layer = model.base_model.model.bert.embeddings.word_embeddings
-        layer.diffpruning_values["default"]["weight"].add_(1.0)
-    with pytest.raises(ValueError, match=r"word_embeddings\.weight.*checksum"):
-        model.save_pretrained(tmp_path)
-
-
-def test_transformers_loads_with_the_same_checks(saved, tiny_bert, batch, tmp_path):
-    file = copy_of(saved[0], tmp_path)
-    data = bytearray(file.read_bytes())
-    data[-1000] ^= 4
-    file.write_bytes(bytes(data))
-    model = tiny_bert()
-    model.load_adapter(str(tmp_path))  # fills tensors and asks nobody
-    with pytest.raises(ValueError, match="checksum"):
-        model(**batch())
-
-
-def test_heads_that_transformers_loaded_are_checked_at_the_first_forward(saved, tiny_bert, batch, tmp_path):
-    file = copy_of(saved[0], tmp_path)
-    tensors = load_file(file)
-    tensors["base_model.model.classifier.bias"].view(torch.uint8)[1] ^= 16
-    save_file(tensors, file, metadata={"format": "pt"})
-    model = tiny_bert()
-    model.load_adapter(str(tmp_path))
-    for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
-        with pytest.raises(ValueError, match=r"heads of adapter 'default', \['classifier.*are not those"):
-            one(**batch())
-    with pytest.raises(ValueError, match="checksum of the heads"):
-        PeftModel.from_pretrained(tiny_bert(), tmp_path)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("of_file", ["float32", "bfloat16"])
-def test_heads_that_a_loader_has_cast_are_not_taken_for_damaged(saved, tiny_bert, batch, tmp_path, dtype, of_file):
-    model = PeftModel.from_pretrained(tiny_bert(), saved[0])
-    model.base_model.model.classifier.to(getattr(torch, of_file))
-    model.save_pretrained(tmp_path)
-    native = tiny_bert().to(getattr(torch, dtype))
-    native.load_adapter(str(tmp_path))
-    for _ in range(2):
-        native(**batch())
-    with torch.no_grad():  # what happens after the first forward is the user's affair
-        native.classifier.modules_to_save["default"].weight.add_(1)
-    native(**batch())
-
-
-def test_an_adapter_that_is_deleted_before_its_first_use_is_not_missed(saved, tiny_bert, batch):
-    model = tiny_bert()
-    model.load_adapter(str(saved[0]))
-    model.delete_adapter("default")
-    model(**batch())
-
-
-def test_an_adapter_that_transformers_saves_over_another_loads(saved, tiny_bert, batch, tmp_path):
-    copy_of(saved[0], tmp_path)
-    model = tiny_bert()
-    model.load_adapter(str(tmp_path))
-    with torch.no_grad():
-        model.classifier.modules_to_save["default"].weight.fill_(3)
-    model.peft_config["default"].heads_checksum = None
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path)
-    assert torch.equal(loaded.eval()(**batch()).logits, model.eval()(**batch()).logits)
-
-
-def test_a_newer_format_is_refused(saved, tiny_bert, tmp_path):
-    copy_of(saved[0], tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "format_version": 3}))
-    with pytest.raises(ValueError, match=r"format version 3.*install a newer"):
-        PeftModel.from_pretrained(tiny_bert(), tmp_path)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_values_that_are_not_finite_are_refused(tiny_bert, tmp_path, value):
-    model = get_peft_model(tiny_bert(), DiffPruningConfig(target_density=DENSITY, init_weights=False))
-    model.base_model.magnitude_prune()
-    with torch.no_grad():
-        model.base_model.model.bert.pooler.dense.diffpruning_values["default"]["weight"][3] = value
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"pooler\.dense\.weight.*NaN or infinite"):
-        PeftModel.from_pretrained(tiny_bert(), tmp_path)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
-def test_values_of_fewer_bytes(tiny_bert, batch, tmp_path, dtype):
-    model = get_peft_model(tiny_bert(), DiffPruningConfig(target_density=DENSITY, init_weights=False)).eval()
-    tuner = model.base_model
-    with pytest.raises(ValueError, match="gating"):
-        tuner.cast_values(dtype)
-    tuner.magnitude_prune()
-    with pytest.raises(ValueError, match="int7"):
-        tuner.cast_values("int7")
-    exact = {key: values for key, (_, values) in tuner.get_diff().items()}
-    model.save_pretrained(tmp_path / "four")
-    for name in ("fewer", "twice"):  # what is cast already does not change
-        tuner.cast_values(dtype)
-        model.save_pretrained(tmp_path / name)
-    for key, (_, values) in tuner.get_diff().items():
-        if dtype == "int8":
-            scale = exact[key].abs().max() / 127
-            assert torch.equal(values, (exact[key] / scale).round() * scale)
-        else:
-            assert torch.equal(values, exact[key].to(getattr(torch, dtype)).float())
-    four, fewer, twice = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("four", "fewer", "twice"))
-    assert fewer == twice
-    payloads = [
-        sum(t.numel() * t.element_size() for key, t in load_file(tmp_path / name / WEIGHTS).items() if "diffpr" in key)
-        for name in ("four", "fewer")
-    ]
-    scales = 4 * len(exact) if dtype == "int8" else 0
-    assert payloads[0] - payloads[1] == (4 - getattr(torch, dtype).itemsize) * tuner.num_nonzeros() - scales
-    assert tuner.adapter_bytes() == payloads[1]
-    assert len(fewer) < len(four)
-    logits = model(**batch()).logits
-    loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path / "fewer").eval()
-    loaded.save_pretrained(tmp_path / "before use")
-    assert torch.equal(loaded(**batch()).logits, logits)
-    loaded.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "before use" / WEIGHTS).read_bytes() == (tmp_path / "again" / WEIGHTS).read_bytes() == fewer
-    native = tiny_bert()
-    native.load_adapter(str(tmp_path / "fewer"))
-    assert torch.equal(native.eval()(**batch()).logits, logits)
-    native.save_pretrained(tmp_path / "native")
-    assert (tmp_path / "native" / WEIGHTS).read_bytes() == fewer
-    loaded.merge_adapter()
-    assert torch.allclose(loaded(**batch()).logits, logits, atol=1e-6)
-
-
-def test_values_beyond_half_precision_are_refused(tiny_bert):
-    model = get_peft_model(tiny_bert(), DiffPruningConfig(target_density=DENSITY, init_weights=False))
-    model.base_model.magnitude_prune()
-    with torch.no_grad():
-        model.base_model.model.bert.pooler.dense.diffpruning_values["default"]["weight"][3] = 1e6
-    with pytest.raises(ValueError, match="beyond float16"):
-        model.base_model.cast_values("float16")
-
-
-# int8: values in a file lack their scale, and so do those that a loader fills in without telling anybody
 
 
 @pytest.fixture(scope="module")
@@ -255,16 +42,6 @@ def eight(saved, tiny_bert, tmp_path_factory):
     model.save_pretrained(directory)
     assert load_file(directory / WEIGHTS)[POOLER.format("values")].dtype == torch.int8
     return directory, PeftModel.from_pretrained(tiny_bert(), directory).eval()
-
-
-def native(tiny_bert, directory, **options):
-    model = tiny_bert()
-    model.load_adapter(str(directory), **options)
-    return model.eval()
-
-
-def kept(model):
-    return {name: p for name, p in model.named_parameters() if "diffpruning_values" in name}
 
 
 @torch.no_grad()
@@ -288,14 +65,14 @@ FIRST_USES = {
 def test_whatever_comes_first_finds_values_times_their_scale_once(eight, tiny_bert, batch, tmp_path, use):
     directory, model = eight
     one = native(tiny_bert, directory)
-    objects = kept(one)
+    objects = values_of(one)
     for _ in range(2):
         FIRST_USES[use](one, tmp_path)
     diff, expected = (DiffPruningModel.of(m).get_diff() for m in (one, model))
     assert diff.keys() == expected.keys()
     assert all(torch.equal(a, b) for key in diff for a, b in zip(diff[key], expected[key], strict=True))
     assert torch.equal(logits_of(one, batch), logits_of(model, batch))
-    assert all(p is objects[name] for name, p in kept(one).items()), "an optimizer may hold them"
+    assert all(p is objects[name] for name, p in values_of(one).items()), "an optimizer may hold them"
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
@@ -310,7 +87,7 @@ def test_a_first_use_without_gradients_leaves_what_can_train_and_be_loaded_over(
             assert torch.equal(using(**batch()).logits, expected)
         assert torch.equal(logits_of(using, batch), expected)
         assert not any(t.is_inference() for t in [*using.parameters(), *using.buffers()])
-    optimizer = torch.optim.SGD(list(kept(one).values()), lr=0.1)
+    optimizer = torch.optim.SGD(list(values_of(one).values()), lr=0.1)
     one(**batch()).loss.backward()
     optimizer.step()
     assert not torch.equal(logits_of(one, batch), expected)
@@ -347,7 +124,7 @@ def test_values_are_fp32_in_memory_however_they_are_loaded(saved, tiny_bert, bat
     ways[2].load_adapter(tmp_path, "other", low_cpu_mem_usage=True)
     ways[2].set_adapter("other")
     for loaded in (*ways, native(tiny_bert, tmp_path)):
-        assert {p.dtype for p in kept(loaded).values()} == {torch.float32}
+        assert {p.dtype for p in values_of(loaded).values()} == {torch.float32}
         assert torch.equal(logits_of(loaded.eval(), batch), logits_of(model, batch))
 
 
@@ -365,7 +142,7 @@ def test_values_that_trained_on_are_saved_in_fp32(eight, tiny_bert, batch, tmp_p
     directory, _ = eight
     for load in (PeftModel.from_pretrained, lambda model, path, **options: native(tiny_bert, path, **options)):
         model = load(tiny_bert(), directory, is_trainable=True).eval()
-        mine = dict(kept(model))
+        mine = dict(values_of(model))
         optimizer = torch.optim.AdamW(list(mine.values())[: 1 if trained != "all" else None], lr=1e-3)
         model(**batch()).loss.backward()
         optimizer.step()
@@ -398,19 +175,10 @@ def test_a_file_over_an_adapter_of_another_dtype(saved, tiny_bert, batch, tmp_pa
         assert model.peft_config["default"].value_dtype == dtype
 
 
-def put(file, packed, values):
-    """Give the pooler's weight in a file other tensors, and the config the checksum that belongs to them."""
-    tensors = {**load_file(file), POOLER.format("positions"): packed, POOLER.format("values"): values}
-    save_file(tensors, file, metadata={"format": "pt"})
-    config = json.loads((file.parent / "adapter_config.json").read_text())
-    config["diff_checksum"] = seal.checksum_of_diff(tensors)
-    (file.parent / "adapter_config.json").write_text(json.dumps(config))
-
-
 def test_values_of_several_dtypes_in_one_file_are_refused(eight, tiny_bert, tmp_path):
     file = copy_of(eight[0], tmp_path)
     where, values = eight[1].base_model.get_diff()["bert.pooler.dense.weight"]
-    put(file, *to_file(where, values, 32 * 32, "float32", "bert.pooler.dense.weight")[::-1])
+    put(file, *encode(where, values, 32 * 32, "float32", "bert.pooler.dense.weight")[::-1])
     with pytest.raises(ValueError, match=r"values of \['float32', 'int8'\]"):
         PeftModel.from_pretrained(tiny_bert(), tmp_path)
 
@@ -430,7 +198,7 @@ def readers(tiny_bert, batch):
 def test_a_flipped_bit_in_a_scale_is_refused(eight, tiny_bert, batch, tmp_path, bit):
     file = copy_of(eight[0], tmp_path)
     tensors = load_file(file)
-    tensors[POOLER.format("positions")][seal.SEAL + bit // 8] ^= 1 << (bit % 8)
+    tensors[POOLER.format("positions")][encoding.CHECKSUM_BYTES + bit // 8] ^= 1 << (bit % 8)
     save_file(tensors, file, metadata={"format": "pt"})
     for read in readers(tiny_bert, batch):
         with pytest.raises(ValueError, match=r"pooler\.dense\.weight.*checksum"):
@@ -438,12 +206,12 @@ def test_a_flipped_bit_in_a_scale_is_refused(eight, tiny_bert, batch, tmp_path, 
 
 
 @pytest.mark.parametrize("number", [0.0, -0.5, torch.nan, torch.inf])
-def test_a_scale_that_is_none_is_refused_under_a_right_seal(eight, tiny_bert, batch, tmp_path, number):
+def test_a_scale_that_is_none_is_refused_under_a_right_checksum(eight, tiny_bert, batch, tmp_path, number):
     file = copy_of(eight[0], tmp_path)
     where, _ = eight[1].base_model.get_diff()["bert.pooler.dense.weight"]
     values = load_file(file)[POOLER.format("values")]
-    packed = seal.pack(where, 32 * 32, torch.tensor([number]))
-    put(file, seal.seal(packed, values, "bert.pooler.dense.weight"), values)
+    packed = encoding.pack(where, 32 * 32, torch.tensor([number]))
+    put(file, encoding.add_checksum(packed, values, "bert.pooler.dense.weight"), values)
     for read in readers(tiny_bert, batch):
         with pytest.raises(ValueError, match=r"pooler\.dense\.weight.*its scale is .*, not positive and finite"):
             read(tmp_path)
@@ -466,7 +234,7 @@ def test_an_int8_file_with_a_flipped_bit_is_refused_or_means_the_same(eight, tin
 def test_numbers_that_were_changed_before_their_first_use_are_refused(eight, tiny_bert, batch):
     model = native(tiny_bert, eight[0])
     with torch.no_grad():
-        kept(model)["bert.pooler.dense.diffpruning_values.default.weight"].mul_(1.001)
+        values_of(model)["bert.pooler.dense.diffpruning_values.default.weight"].mul_(1.001)
     with pytest.raises(ValueError, match=r"pooler\.dense\.weight.* not those of a file in int8"):
         logits_of(model, batch)
 
@@ -533,10 +301,10 @@ def test_what_first_trains_compiled_trains_values_times_their_scale(eight, tiny_
             compiled(**batch())
         logits_of(one, batch)
     compiled(**batch()).loss.backward()
-    gradients = {name: p.grad for name, p in kept(one).items()}
+    gradients = {name: p.grad for name, p in values_of(one).items()}
     one.zero_grad()
     one(**batch()).loss.backward()
-    assert all(torch.equal(p.grad, gradients[name]) for name, p in kept(one).items())
+    assert all(torch.equal(p.grad, gradients[name]) for name, p in values_of(one).items())
     torch.compiler.reset()
 
 
