@@ -19,6 +19,8 @@ from diffpeft.files.card import update_card
 from diffpeft.files.encoding import check_dtype
 from diffpeft.files.keys import PEFT_TYPE
 
+GATING, FIXMASK = "gating", "fixmask"
+"""The phases of an adapter."""
 GROUP_PENALTIES = ("product", "additive")
 MAX_FP16_LOG_ALPHA = 1e3
 """Largest magnitude of init_log_alpha where gates are fp16: farther from 0 they could hardly move."""

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from diffpeft.files.encoding import rounded
+from diffpeft.config import FIXMASK, GATING, DiffPruningConfig
+from diffpeft.files.encoding import rounded, stored_size
+from diffpeft.gates.update import step as gate_update
+from diffpeft.gates.update.collect import log_alphas
+from diffpeft.gates.update.in_backward import InBackward, backward_steps, check_low_memory
 from diffpeft.layer.layer import DiffPruningLayer
+from diffpeft.sparse.elias_fano import packed_size
+from diffpeft.sparse.sharded import check_whole
 from diffpeft.tuner import combining, pruning
-from diffpeft.tuner.base import FIXMASK
-from diffpeft.tuner.gating import GatingPhase
+from diffpeft.tuner.base import DiffPruningTuner
 
 
-class DiffPruningModel(GatingPhase):
+class DiffPruningModel(DiffPruningTuner):
     """Diff Pruning (arXiv 2012.07463) on a base model; what `peft_model.base_model` is.
 
     An adapter is in one of two phases. In "gating" every adapted parameter has a dense diff w and hard-concrete gates;
@@ -44,6 +50,74 @@ class DiffPruningModel(GatingPhase):
         tuner.training = model.training
         return tuner
 
+    # Gating
+
+    def is_gated(self, adapter_name: str | None = None) -> bool:
+        """Whether the adapter is in gating and has gates."""
+        name = self.resolve(adapter_name)
+        return self.peft_config[name].gated and self.phase(name) == GATING
+
+    def gate_step(self, step: int, gating_steps: int, adapter_name: str | None = None) -> float:
+        """Move the gates once, from the gradients of the task loss on them, and clear these gradients.
+
+        Call it once an update, after backward and gradient clipping and before `optimizer.step()`, which then has
+        nothing to do for the gates. [`DiffPruningCallback`] does. An update whose gradients are not finite is skipped,
+        as a gradient scaler skips its own. With `low_memory=True` the gradients are in the gates' moments by then, except
+        what was not finite.
+
+        Args:
+            step: updates done so far, from 0.
+            gating_steps: length of the gating phase.
+            adapter_name: the adapter, by default the active one.
+
+        Returns:
+            The lambda that was used: the config's, or the one that was solved for; NaN if the update was skipped.
+
+        Raises:
+            ValueError: the adapter is pruned; parameters are sharded; with `low_memory=True` gradients that were to be
+                used in the backward pass.
+        """
+        name = self.resolve(adapter_name)
+        if self.phase(name) != GATING:
+            raise ValueError(f"adapter {name!r} is in fixmask, its gates are gone; do not call gate_step after pruning")
+        config: DiffPruningConfig = self.peft_config[name]
+        if not config.gated:
+            return 0.0
+        layers = self.layers_of(name)
+        check_whole(log_alphas(layers, name), "gate_step")
+        progress, known = (
+            gate_update.Progress(step, gating_steps, self.num_base_parameters()),
+            self.__dict__.get("_open_count"),
+        )
+        l0_lambda, self.__dict__["_open_count"] = gate_update.gate_step(layers, name, config, progress, known)
+        return l0_lambda
+
+    def update_in_backward(self, optimizer: torch.optim.Optimizer, adapter_name: str | None = None) -> InBackward:
+        """Have large diffs step within the backward pass, and gradients of gates used there, with `low_memory=True`.
+
+        Call it once before training, or before training goes on; [`DiffPruningCallback`] does. The diffs take learning
+        rate and weight decay of their group of the optimizer as they are during backward. Pruning ends it.
+
+        Args:
+            optimizer: of Adam's family, made of `model.parameters()`.
+            adapter_name: the adapter, by default the active one.
+
+        Returns:
+            A handle that ends it before, with `remove()`, and has a factor of the learning rates, `rate_factor`.
+
+        Raises:
+            ValueError: the adapter is pruned or its config has no low_memory=True; more than one process; fp16 with
+                gradient scaling; what [`diffpeft.gates.update.in_backward.InBackward`] refuses.
+        """
+        name = self.resolve(adapter_name)
+        if self.phase(name) != GATING or not self.peft_config[name].low_memory:
+            raise ValueError(
+                f"adapter {name!r} is in {self.phase(name)} and has low_memory={self.peft_config[name].low_memory}; "
+                "update_in_backward is for gating with DiffPruningConfig(low_memory=True)"
+            )
+        check_low_memory()
+        return InBackward(optimizer, [step for layer in self.layers_of(name) for step in backward_steps(layer, name)])
+
     # From gating to fixmask
 
     def magnitude_prune(
@@ -67,6 +141,75 @@ class DiffPruningModel(GatingPhase):
                 than the adapted modules have; a diff that is not finite; an optimizer that cannot be re-pointed.
         """
         return pruning.magnitude_prune(self, self.resolve(adapter_name), density, optimizer)
+
+    # Sizes
+
+    def l0_penalty(self, adapter_name: str | None = None) -> Tensor:
+        """The expected number of nonzeros, before lambda; a differentiable scalar (arXiv 2012.07463, equations 4, 6).
+
+        In fixmask it is the number of nonzeros, and in gating without gates the number of adapted parameters; neither
+        has a gradient.
+        """
+        name = self.resolve(adapter_name)
+        config = self.peft_config[name]
+        penalty = gate_update.expected_l0(self.layers_of(name), name, config)
+        return torch.tensor(float(self._count(name))) if penalty is None else penalty
+
+    def expected_nonzeros(self, adapter_name: str | None = None) -> float:
+        """Expected number of nonzeros of the diff: sum over elements of P(element open) P(group open)."""
+        name = self.resolve(adapter_name)
+        if not self.is_gated(name):
+            return float(self._count(name))
+        stretch, known = self.peft_config[name].stretch, self.__dict__.get("_open_count")
+        count = self.__dict__["_open_count"] = gate_update.count_open(self.layers_of(name), name, stretch, known)
+        return count.expected
+
+    def expected_density(self, adapter_name: str | None = None) -> float:
+        """Expected nonzeros as a share of all base parameters, adapted or not."""
+        return self.expected_nonzeros(adapter_name) / self.num_base_parameters()
+
+    def density_progress(self, adapter_name: str | None = None) -> float:
+        """How far gating has come, from 0 at a dense diff to 1 at `target_density`, in the logarithm of the density."""
+        name = self.resolve(adapter_name)
+        if not self.is_gated(name):
+            return 0.0
+        target = self.peft_config[name].target_density
+        if target == 1.0:
+            return 1.0
+        return min(1.0, max(0.0, math.log(self.expected_density(name)) / math.log(target)))
+
+    @torch.no_grad()
+    def num_nonzeros(self, adapter_name: str | None = None) -> int:
+        """Nonzeros of the diff; in gating, those under deterministic gates."""
+        name = self.resolve(adapter_name)
+        if self.phase(name) == FIXMASK:
+            return self._count(name)
+        layers = self.layers_of(name)
+        return sum(int(layer.dense_delta(name, p).count_nonzero()) for layer in layers for p in layer.shapes)
+
+    def adapted_parameters(self, adapter_name: str | None = None) -> dict[str, int]:
+        """Number of elements of every parameter that the adapter covers, by its name in the base model."""
+        layers = self.layers_of(self.resolve(adapter_name))
+        return {layer.parameter_key(n): shape.numel() for layer in layers for n, shape in layer.shapes.items()}
+
+    def adapter_bytes(self, adapter_name: str | None = None) -> int:
+        """Bytes that the diff takes in a file; in gating an estimate, for the expected nonzeros spread evenly."""
+        name = self.resolve(adapter_name)
+        layers = self.layers_of(name)
+        if self.phase(name) == FIXMASK:
+            dtype = self.peft_config[name].value_dtype
+            parts = [(k, layer.shapes[p].numel()) for layer in layers for p, k in (layer.nnz(name) or {}).items()]
+            return sum(stored_size(count, numel, dtype) for count, numel in parts)
+        share = self.expected_nonzeros(name) / self._count(name)
+        sizes = [shape.numel() for layer in layers for shape in layer.shapes.values()]
+        return sum(packed_size(round(share * n), n) + 4 * round(share * n) for n in sizes)
+
+    def _count(self, adapter_name: str) -> int:
+        """Elements of w in gating, nonzeros in fixmask."""
+        layers = self.layers_of(adapter_name)
+        if self.phase(adapter_name) == FIXMASK:
+            return sum(sum((layer.nnz(adapter_name) or {}).values()) for layer in layers)
+        return sum(shape.numel() for layer in layers for shape in layer.shapes.values())
 
     # The diff
 

@@ -6,24 +6,22 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from diffpeft.config import DiffPruningConfig
+from diffpeft.config import FIXMASK, GATING, DiffPruningConfig
 from diffpeft.files import fingerprint
 from diffpeft.files.checkpoint import fresh_head
+from diffpeft.gates.update.state import GATING_BUFFERS
 from diffpeft.layer.find import layers_in, outer_modules
 from diffpeft.layer.layer import DiffPruningLayer, RootParameters
 from diffpeft.layer.output import OutputLayer
 from diffpeft.layer.wrapped import is_quantized, own_shapes
-from diffpeft.tuner import injection, mixed_batch, switching
-from diffpeft.tuner.state_dict import FirstPassCheck, check_modules
-
-GATING, FIXMASK = "gating", "fixmask"
+from diffpeft.tuner import injection, mixed_batch, saving, switching
 
 
 class DiffPruningTuner(BaseTuner):
@@ -67,14 +65,7 @@ class DiffPruningTuner(BaseTuner):
 
     def base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of the base model by name, each once, without heads that are trained whole."""
-        modules = list(outer_modules(self.model))
-        heads = [module for _, module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
-        seen = {id(p) for head in heads for p in head.parameters()}
-        for key, module in modules:
-            for name, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield f"{key}.{name}".removeprefix(".").replace(".base_layer", ""), parameter
+        return injection.base_parameters(self.model)
 
     def num_base_parameters(self) -> int:
         """Parameters of the base model, adapted or not, tied ones once, heads in `modules_to_save` not counted."""
@@ -162,7 +153,12 @@ class DiffPruningTuner(BaseTuner):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             if not before:
                 self._injection.noise.watch(model)
-            self._adapt_missed(model, adapter_name, config)
+            # PEFT takes a module inside a wrapped one for a part of the other adapter, and skips it.
+            for layer in self.all_layers():
+                if not layer.has_adapter(adapter_name) and self._check_target_module_exists(config, layer.key):
+                    layer.update_layer(adapter_name, config)
+            if config.target_modules is None and self._check_target_module_exists(config, RootParameters.NAME):
+                self._injection.adapt_root(model, adapter_name, config, self.active_adapters)
         finally:
             self._injection = None
         layers = self.layers_of(adapter_name)
@@ -170,34 +166,13 @@ class DiffPruningTuner(BaseTuner):
         injection.check_base(layers, adapter_name, config)
         injection.note_sharing(model, self.all_layers())
         if config.heads_checksum is not None or config.diff_checksum is not None:
-            FirstPassCheck(config, adapter_name).watch(model)
+            saving.FirstPassCheck(config, adapter_name).watch(model)
         if state_dict is not None:
-            check_modules(self.all_layers(), adapter_name, state_dict)
-
-    def _adapt_missed(self, model: nn.Module, adapter_name: str, config: DiffPruningConfig) -> None:
-        """Adapt what PEFT passes over: modules inside wrapped ones, and the parameters that the model itself owns."""
-        for layer in self.all_layers():
-            if not layer.has_adapter(adapter_name) and self._check_target_module_exists(config, layer.key):
-                layer.update_layer(adapter_name, config)
-        if config.target_modules is not None or isinstance(getattr(model, RootParameters.NAME, None), RootParameters):
-            return
-        if own_shapes(model) and self._check_target_module_exists(config, RootParameters.NAME):
-            assert self._injection is not None
-            root = RootParameters(model, self._injection.noise)
-            root.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-            root.update_layer(adapter_name, config)
-            root.watch()
-            model.add_module(RootParameters.NAME, root)
+            saving.check_modules(self.all_layers(), adapter_name, state_dict)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freeze the base model (PEFT's hook); heads manage what trains themselves."""
-        modules = [module for _, module in outer_modules(model)]
-        heads = {part for head in modules if isinstance(head, AuxiliaryTrainingWrapper) for part in head.modules()}
-        for module in modules:
-            if module not in heads:
-                for parameter in module._parameters.values():
-                    if parameter is not None:
-                        parameter.requires_grad = False
+        injection.freeze(model)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leave adapters in fp32, as they are made (PEFT's hook)."""
@@ -282,6 +257,31 @@ class DiffPruningTuner(BaseTuner):
         """Put an unwrapped head in its place (PEFT's hook), which may be a module of any kind."""
         setattr(parent, child_name, new_module)
 
+    # Saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: DiffPruningConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors for a file (PEFT's hook)."""
+        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        return saving.tensors_to_save(model, config, adapter_name, tensors)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: DiffPruningConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Bring the adapter into the file's phase and shapes (PEFT's hook), which the loading itself does not."""
+        remap = partial(super()._remap_adapter_state_dict_for_load, model, config, adapter_name)
+        return saving.fit_to_file(model, config, adapter_name, state_dict, cls._remove_adapter_name_from_key, remap)
+
     # Running
 
     @contextmanager
@@ -311,3 +311,10 @@ class DiffPruningTuner(BaseTuner):
             if isinstance(module, _BatchNorm):
                 module.eval()
         return self
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The gates' moments, by name in the PeftModel. They follow from gradients that are equal on all ranks;
+        DistributedDataParallel, which reads this name, would send them around in every forward."""
+        names = [name for name, _ in self.named_buffers()]
+        return [f"base_model.{name}" for name in names if any(f".{part}." in name for part in GATING_BUFFERS)]

@@ -7,17 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 
-from diffpeft.config import DiffPruningConfig, check_density
+from diffpeft.config import GATING, DiffPruningConfig, check_density
 from diffpeft.sparse.combine import combine
 from diffpeft.sparse.diff import Diff
-from diffpeft.tuner.base import GATING, DiffPruningTuner
 
 
-def check_combinable(
-    tuner: DiffPruningTuner, adapters: Sequence[str], adapter_name: str, heads_from: str | None
-) -> str:
+def check_combinable(tuner: BaseTuner, adapters: Sequence[str], adapter_name: str, heads_from: str | None) -> str:
     """The adapter whose config and heads a combination takes over.
 
     Raises:
@@ -39,7 +37,7 @@ def check_combinable(
 
 @torch.no_grad()
 def add_combination(
-    tuner: DiffPruningTuner,
+    tuner: BaseTuner,
     diffs: Sequence[Diff],
     weights: Sequence[float],
     adapter_name: str,

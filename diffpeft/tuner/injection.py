@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TaskType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +20,8 @@ from diffpeft.files import fingerprint
 from diffpeft.gates.compile import MIN_COMPILED_GATES
 from diffpeft.gates.forward_pass import ForwardPass
 from diffpeft.layer.find import outer_modules
-from diffpeft.layer.layer import DiffPruningLayer
+from diffpeft.layer.layer import DiffPruningLayer, RootParameters
+from diffpeft.layer.wrapped import own_shapes
 from diffpeft.sparse.sharded import check_whole
 
 Owners = dict[int, tuple[DiffPruningLayer, str]]
@@ -66,6 +68,18 @@ class Injection:
             setattr(other, its_name, layer)  # the model has the module under several names
         return layer
 
+    def adapt_root(
+        self, model: nn.Module, adapter_name: str, config: DiffPruningConfig, active: str | list[str]
+    ) -> None:
+        """Adapt the parameters that the model itself owns, if it has any: PEFT looks at the modules in it alone."""
+        if not own_shapes(model) or isinstance(getattr(model, RootParameters.NAME, None), RootParameters):
+            return
+        root = RootParameters(model, self.noise)
+        root.set_adapter(active, inference_mode=config.inference_mode)
+        root.update_layer(adapter_name, config)
+        root.watch()
+        model.add_module(RootParameters.NAME, root)
+
     def _own(self, layer: DiffPruningLayer) -> None:
         self._owners.update({id(parameter): (layer, name) for name, parameter in layer.own_parameters().items()})
 
@@ -80,6 +94,28 @@ def no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the base model by name, each once, without heads that are trained whole."""
+    modules = list(outer_modules(model))
+    heads = [module for _, module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
+    seen = {id(p) for head in heads for p in head.parameters()}
+    for key, module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield f"{key}.{name}".removeprefix(".").replace(".base_layer", ""), parameter
+
+
+def freeze(model: nn.Module) -> None:
+    """Let nothing of the base model train; heads manage what trains themselves."""
+    modules = [module for _, module in outer_modules(model)]
+    heads = {part for head in modules if isinstance(head, AuxiliaryTrainingWrapper) for part in head.modules()}
+    for module in modules:
+        for parameter in module._parameters.values() if module not in heads else ():
+            if parameter is not None:
+                parameter.requires_grad = False
 
 
 def all_linear(model: nn.Module, config: DiffPruningConfig) -> list[str]:

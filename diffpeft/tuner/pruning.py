@@ -6,15 +6,15 @@ import copy
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from diffpeft.config import DiffPruningConfig, check_density
+from diffpeft.config import GATING, DiffPruningConfig, check_density
 from diffpeft.files.keys import VALUES
 from diffpeft.gates.scores import GatedDiff
 from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.sparse.sharded import check_whole
 from diffpeft.sparse.top_k import global_top_k
-from diffpeft.tuner.base import GATING, DiffPruningTuner
 from diffpeft.tuner.optimizer import check_replaceable, replace_parameters
 
 
@@ -46,7 +46,7 @@ class PruningSummary:
 
 @torch.no_grad()
 def magnitude_prune(
-    tuner: DiffPruningTuner, adapter_name: str, density: float | None, optimizer: torch.optim.Optimizer | None
+    tuner: BaseTuner, adapter_name: str, density: float | None, optimizer: torch.optim.Optimizer | None
 ) -> PruningSummary:
     """Keep the largest |delta| of an adapter over all tensors together; see `DiffPruningModel.magnitude_prune`."""
     layers = tuner.layers_of(adapter_name)
@@ -85,7 +85,7 @@ def magnitude_prune(
     return PruningSummary(k, tuner.num_base_parameters(), threshold.value, counts)
 
 
-def _check(tuner: DiffPruningTuner, adapter_name: str, density: float, layers: list[DiffPruningLayer]) -> int:
+def _check(tuner: BaseTuner, adapter_name: str, density: float, layers: list[DiffPruningLayer]) -> int:
     """The number of entries to keep. Raises ValueError where that many cannot be kept."""
     if tuner.phase(adapter_name) != GATING:
         count = sum(sum((layer.nnz(adapter_name) or {}).values()) for layer in layers)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+from diffpeft.gates import hard_concrete
 from diffpeft.gates.hard_concrete import Stretch, open_logit
 from diffpeft.gates.update import rules
 from diffpeft.gates.update.collect import GatedLayer, collect, log_alphas
@@ -55,6 +56,17 @@ def gates_version(layers: Sequence[GatedLayer], adapter_name: str) -> Any:
     """A value that differs once any gate of the adapter has moved."""
     generations = [layer.generations.get(adapter_name) for layer in layers]
     return adapter_name, generations, [(own._version, own.data_ptr()) for own in log_alphas(layers, adapter_name)]
+
+
+def expected_l0(layers: Sequence[GatedLayer], adapter_name: str, config: GatingConfig) -> Tensor | None:
+    """The expected number of nonzeros of an adapter, a differentiable scalar; None where it has no gates."""
+    terms = [
+        hard_concrete.expected_l0(
+            elements.log_alpha, None if gate is None else gate.log_alpha, config.stretch, config.group_penalty
+        )
+        for elements, gate in collect(layers, adapter_name)
+    ]
+    return torch.stack(terms).sum() if terms else None
 
 
 @torch.no_grad()

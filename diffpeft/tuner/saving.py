@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from diffpeft.config import DiffPruningConfig
 from diffpeft.files.adapter import verify, verify_heads
 from diffpeft.files.encoding import checksums_of, fits, has_checksum, strip_checksum
 from diffpeft.files.keys import KEY_MARKER, POSITIONS, ROOT, VALUES, base_model_key, diff_keys, parameter_and_kind
+from diffpeft.layer.find import outer_modules
 from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.sparse.sharded import is_sharded
 
@@ -244,3 +245,34 @@ class FirstPassCheck:
                 "damaged, or they were changed after loading; load it with PeftModel.from_pretrained, or before you change "
                 f"them set peft_config[{self.adapter_name!r}].heads_checksum = None"
             )
+
+
+def fit_to_file(
+    model: nn.Module,
+    config: DiffPruningConfig,
+    adapter_name: str,
+    state_dict: dict[str, Tensor],
+    without_adapter: Callable[[str, str], str],
+    remap: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """A file's tensors under the model's names, after the adapter was brought into the file's phase and shapes.
+
+    Args:
+        model: the model with the adapter.
+        config: the adapter's; takes on the counts of the file.
+        adapter_name: the adapter.
+        state_dict: the file's tensors, without the adapter's name in their keys.
+        without_adapter: removes an adapter's name from a key, as PEFT does.
+        remap: puts it in, as PEFT does.
+    """
+    layers = {
+        name: layer
+        for name, layer in outer_modules(model)
+        if isinstance(layer, DiffPruningLayer) and layer.has_adapter(adapter_name)
+    }
+    state_dict = match_file(layers.values(), config, adapter_name, state_dict)
+    own = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.tensors(adapter_name)}
+    state_dict = rename(state_dict, {without_adapter(key, adapter_name) for key in own})
+    remapped = remap(state_dict)
+    check_complete(own, adapter_name, remapped)
+    return remapped
