@@ -73,8 +73,8 @@ def _is_number(value: Any) -> bool:
 class CompiledChain:
     """A chain, compiled for a number of threads.
 
-    The size that comes first would decide whether a loop is parallel, and the compiler's cache on disk does not know for
-    how many threads: so the number is said, and small tensors have a loop of their own.
+    The size that comes first would decide whether a loop is parallel, and the compiler's cache on disk does not know
+    for how many threads: so the number is said, and small tensors have a loop of their own.
     """
 
     def __init__(self, chain: Callable[..., Any], threads: int) -> None:
@@ -153,8 +153,8 @@ def compile_and_run(chain: Callable[..., Any], *arguments: Any, keep: bool = Tru
         # eager mode.
         broken.append(error)
         logger.warning(
-            "gates and diffs run eagerly, which is slower: torch.compile fails with %s: %s. It takes a C++ compiler and "
-            "Python's headers on a CPU, Triton on a GPU",
+            "gates and diffs run eagerly, which is slower: torch.compile fails with %s: %s. It takes a C++ compiler "
+            "and Python's headers on a CPU, Triton on a GPU",
             type(error).__name__,
             str(error).strip().partition("\n")[0],
         )

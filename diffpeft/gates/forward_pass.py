@@ -44,9 +44,9 @@ class ForwardPass:
     """The state of one forward pass of a model: a seed for each parameter, however often the pass uses it.
 
     A tied embedding, or a layer that runs twelve times, is one parameter with one gate (arXiv 2012.07463, section 2).
-    Every use draws from torch's generator. The pass's first draw and the parameter's name tell its seed, in any order of
-    uses. Gradient checkpointing replays parts of a pass later, with the generator's state restored: the draw comes out
-    the same, and `_aliases` tells what it stood for.
+    Every use draws from torch's generator. The pass's first draw and the parameter's name tell its seed, in any order
+    of uses. Gradient checkpointing replays parts of a pass later, with the generator's state restored: the draw comes
+    out the same, and `_aliases` tells what it stood for.
     """
 
     def __init__(self) -> None:

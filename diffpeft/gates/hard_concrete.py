@@ -29,7 +29,7 @@ def binary_concrete(log_alpha: Tensor, noise: Tensor | None) -> Tensor:
     log_alpha = widened(log_alpha)
     if noise is None:
         return torch.sigmoid(log_alpha)
-    # sigmoid(logit(u) + a) = u / (u + exp(-a) (1 - u)): one transcendental function and one division, not three of each.
+    # sigmoid(logit(u) + a) = u / (u + exp(-a) (1 - u)): one transcendental function, one division.
     return noise / (torch.exp(-log_alpha) * (1 - noise) + noise)
 
 

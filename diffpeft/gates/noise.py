@@ -23,8 +23,8 @@ def random_bits(seed: Tensor, positions: Tensor) -> Tensor:
     """32 random bits at each position of a seed's stream: int32, shape of `positions`.
 
     They follow from seed and position alone, so that noise can be made again for a backward pass, for some rows of a
-    matrix and on any device, with the same bits, and need not be stored. Three numbers of the seed choose the stream: an
-    odd factor and an offset of the position, and what is mixed in on the way. The mixer is that of MurmurHash3 with
+    matrix and on any device, with the same bits, and need not be stored. Three numbers of the seed choose the stream:
+    an odd factor and an offset of the position, and what is mixed in on the way. The mixer is that of MurmurHash3 with
     Chris Wellons' constants ("lowbias32", hash prospector).
 
     Args:

@@ -60,8 +60,8 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class _SmallParameters(torch.autograd.Function):
-    # What backward needs is not saved with autograd, which would free it after the first of several backward passes that
-    # each come through some of the outputs.
+    # What backward needs is not saved with autograd, which would free it after the first of several backward passes
+    # that each come through some of the outputs.
     @staticmethod
     def forward(
         ctx: Any, small: Sequence[SmallParameter], stretch: Stretch, *trained: Tensor | None

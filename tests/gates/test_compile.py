@@ -1,4 +1,4 @@
-"""What torch.compile made is called again without being asked for: for arguments like those before, and for no others."""
+"""Compiled loops are called again without torch.compile: for arguments like those before, and for no others."""
 
 import gc
 import shutil

@@ -71,7 +71,7 @@ def gradients(model: nn.Module, passes: int = 1) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("together", [False, True])
 def test_gradient_checkpointing_replays_the_same_gates(monkeypatch, passes, reentrant, together):
     if not together:  # small parameters are made one by one, as those that are replayed are
-        monkeypatch.setattr("diffpeft.layer.layer.MAX_SMALL_ELEMENTS", 0)
+        monkeypatch.setattr("diffpeft.layer.run.MAX_SMALL_ELEMENTS", 0)
     expected = gradients(twice(), passes)
     actual = gradients(twice(checkpointed=True, reentrant=reentrant), passes)
     assert expected.keys() == actual.keys()

@@ -1,4 +1,4 @@
-"""Parameters under sampled gates, and the layers that make them again: values, gradients and noise of the plain form."""
+"""Parameters under sampled gates and layers that make them again: values, gradients and noise of the plain form."""
 
 import logging
 import shutil

@@ -10,7 +10,7 @@ from diffpeft.gates.functions import GatedTensors, GateSample, gated_parameter_s
 from diffpeft.gates.noise import new_seed
 from diffpeft.gates.small_parameters import SmallParameter, small_parameters
 from diffpeft.gates.workspace import Workspace
-from diffpeft.layer import layer
+from diffpeft.layer import run
 
 STRETCH = (-1.5, 1.5)
 SHAPES = [(5,), (3, 4), (1,), (7,)]
@@ -78,8 +78,8 @@ def test_backward_may_come_through_the_parts_one_by_one(device):
 @pytest.mark.parametrize("structured", [True, False])
 def test_a_model_learns_the_same_either_way(tiny_bert, batch, monkeypatch, structured):
     results = []
-    for most in (layer.MAX_SMALL_ELEMENTS, 0):
-        monkeypatch.setattr(layer, "MAX_SMALL_ELEMENTS", most)
+    for most in (run.MAX_SMALL_ELEMENTS, 0):
+        monkeypatch.setattr(run, "MAX_SMALL_ELEMENTS", most)
         torch.manual_seed(0)
         config = DiffPruningConfig(task_type="SEQ_CLS", structured=structured, init_weights=False, init_log_alpha=0.0)
         model = get_peft_model(tiny_bert(), config).train()
@@ -109,7 +109,7 @@ def test_small_parameters_of_a_pass_are_made_once(monkeypatch):
         calls.append(len(parts))
         return small_parameters(parts, stretch)
 
-    monkeypatch.setattr(layer, "small_parameters", counted)
+    monkeypatch.setattr(run, "small_parameters", counted)
     model = get_peft_model(Norms(), DiffPruningConfig(target_density=0.5)).train()
     x = torch.randn(2, 4)
     model(x)

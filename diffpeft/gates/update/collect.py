@@ -9,14 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from diffpeft.gates.update.low_memory import LowMemoryGates
-from diffpeft.gates.update.state import (
-    GROUP_MOMENTS,
-    LOG_ALPHAS,
-    LOW_MEMORY_MOMENTS,
-    MOMENTS,
-    Group,
-    StoredGates,
-)
+from diffpeft.gates.update.names import GROUP_MOMENTS, LOG_ALPHAS, LOW_MEMORY_MOMENTS, MOMENTS
+from diffpeft.gates.update.state import Group, StoredGates
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from diffpeft.gates.functions import Accumulate
 from diffpeft.gates.update.collect import GatedLayer, UpdateStatus, groups_of, low_memory_gates
 from diffpeft.gates.update.factored import DiffMoments
-from diffpeft.gates.update.state import DIFF_MOMENTS, StoredGates
+from diffpeft.gates.update.names import DIFF_MOMENTS
+from diffpeft.gates.update.state import StoredGates
 
 
 class BackwardStep(NamedTuple):
@@ -35,8 +36,8 @@ class BackwardStep(NamedTuple):
 class InBackward:
     """Steps parameters in the backward pass, with learning rate and weight decay of their group of an optimizer.
 
-    The optimizer then finds no gradient and makes no state. With gradient accumulation, as Accelerate and the Trainer do
-    it, gradients add up, and the last backward pass of an update steps. Hooks of an earlier run on the parameters go.
+    The optimizer then finds no gradient and makes no state. With gradient accumulation, as Accelerate and the Trainer
+    do it, gradients add up, and the last backward pass of an update steps. Hooks of an earlier run are taken off.
 
     Args:
         optimizer: of Adam's family, since the learning rates are to be such as that wants.
@@ -53,9 +54,9 @@ class InBackward:
         foreign = [index for index, group in enumerate(groups) if "betas" not in group]
         if foreign:
             raise ValueError(
-                f"low_memory=True updates large diffs as Adafactor does, at the learning rates of the optimizer, which are "
-                f"not Adam's in {type(optimizer).__name__}; use an optimizer with betas, e.g. optim='adamw_torch', or "
-                "low_memory=False"
+                f"low_memory=True updates large diffs as Adafactor does, at the learning rates of the optimizer, which "
+                f"are not Adam's in {type(optimizer).__name__}; use an optimizer with betas, e.g. optim='adamw_torch', "
+                "or low_memory=False"
             )
         self.rate_factor = 1.0
         """Factor of the groups' learning rates."""
@@ -66,15 +67,15 @@ class InBackward:
         lost = [one.label for one in steps if one.in_optimizer and one.parameter not in index_of]
         if lost:
             raise ValueError(
-                f"the optimizer ({type(optimizer).__name__}) does not hold {len(lost)} diffs, {lost[:3]}, so they have no "
-                "learning rate; build it from model.parameters()"
+                f"the optimizer ({type(optimizer).__name__}) does not hold {len(lost)} diffs, {lost[:3]}, so they have "
+                "no learning rate; build it from model.parameters()"
             )
         for one in steps:
             _release(one)
             held = _Hook(one.label, one.step, one.status, index_of.get(one.parameter))
             hook = partial(self._step, held)
-            handle: RemovableHandle = one.parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-            self._handles.append(handle)
+            register: Any = one.parameter.register_post_accumulate_grad_hook
+            self._handles.append(register(hook))
 
     def remove(self) -> None:
         """Leave gradients to the optimizer again."""
@@ -160,7 +161,7 @@ def _step_gates(
 
 
 def accumulator(layer: GatedLayer, adapter_name: str, name: str) -> Accumulate | None:
-    """The function that takes the gradient of low-memory gates in the backward pass; None if these are not there or frozen."""
+    """The function that takes the gradient of low-memory gates in backward; None if these are not there or frozen."""
     gates = low_memory_gates(layer, adapter_name, name)
     if gates is None or not gates.log_alpha.requires_grad:
         return None
@@ -196,9 +197,9 @@ def finish_update(layer: GatedLayer, adapter_name: str) -> bool:
     for name, (elements, _) in groups_of(layer, adapter_name).items():
         if elements.log_alpha.grad is not None:
             raise ValueError(
-                f"the gates of {layer.parameter_key(name)} have a gradient that low_memory=True cannot use, of gates that "
-                "were not sampled or of a penalty of one's own; train in model.train(), and let l0_lambda='auto' do the "
-                "rest"
+                f"the gates of {layer.parameter_key(name)} have a gradient that low_memory=True cannot use, of gates "
+                "that were not sampled or of a penalty of one's own; train in model.train(), and let l0_lambda='auto' "
+                "do the rest"
             )
     del layer.update_status[adapter_name]
     return status.finite
@@ -213,8 +214,8 @@ def check_low_memory() -> None:
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if processes > 1:
         raise ValueError(
-            f"low_memory=True uses gradients up before {processes} processes could average them; launch one process, or "
-            "use low_memory=False"
+            f"low_memory=True uses gradients up before {processes} processes could average them; launch one process, "
+            "or use low_memory=False"
         )
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision == "fp16":
         raise ValueError(

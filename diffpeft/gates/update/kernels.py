@@ -1,4 +1,4 @@
-"""The elementwise chains that move gates and count open ones; compiled or eager as those of `diffpeft/gates/kernels.py`."""
+"""The elementwise chains that move gates and count open ones, as `diffpeft/gates/kernels.py` has those of a pass."""
 
 from __future__ import annotations
 

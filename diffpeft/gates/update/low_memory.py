@@ -26,7 +26,8 @@ from diffpeft.gates.hard_concrete import Stretch, open_shift
 from diffpeft.gates.noise import new_seed, random_bits, seed_words
 from diffpeft.gates.update import factored, kernels
 from diffpeft.gates.update.kernels import BETAS, MIN_DIVISOR
-from diffpeft.gates.update.state import DIFF_MOMENTS, LINE_ELEMENTS, LOW_MEMORY_MOMENTS, GateColumns
+from diffpeft.gates.update.names import DIFF_MOMENTS, LOW_MEMORY_MOMENTS
+from diffpeft.gates.update.state import LINE_ELEMENTS, GateColumns
 
 MAX_CODE = 127
 """Largest code of the first moment, on either side of zero."""

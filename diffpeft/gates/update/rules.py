@@ -8,8 +8,8 @@ weight.
 Two rules, both Adam (Kingma & Ba 2015) with moments m, v of the gradient g and a step of at most `max_step`:
 
 - fixed lambda, the paper's: g = task gradient + lambda * penalty gradient, log_alpha -= max_step * m / (sqrt(v) + eps).
-- automatic: g = task gradient alone, log_alpha -= max_step * (m + lambda) / (sqrt(v) + lambda). Lambda stands for what a
-  nonzero costs, in the units of the loss, and is solved for in every step, so that the expected density follows
+- automatic: g = task gradient alone, log_alpha -= max_step * (m + lambda) / (sqrt(v) + lambda). Lambda stands for what
+  a nonzero costs, in the units of the loss, and is solved for in every step, so that the expected density follows
   [`density_schedule`]. Where more gates would close by the task's gradient alone, those that close are slowed down.
   Penalising log_alpha itself, rather than P(z > 0), keeps the pull on a gate from fading as it closes (sigmoid' is 7e-3
   at the initial log_alpha = 5 and again at -5), so gates end open or shut, not in between; and without an eps there is
@@ -67,7 +67,7 @@ def automatic_max_step(step: int, gating_steps: int, max_step: float | None = No
 
 
 def density_schedule(step: int, gating_steps: int, start: float, target: float) -> float:
-    """The expected density after step `step` (from 0): held at `start`, then to `target` in equal ratios, then constant."""
+    """The expected density after a step (from 0): held at `start`, then to `target` in equal ratios, then constant."""
     progress = ((step + 1) / gating_steps - HOLD_SHARE) / (SETTLE_SHARE - HOLD_SHARE)
     return float(start * (target / start) ** min(1.0, max(0.0, progress)))
 

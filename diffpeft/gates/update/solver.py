@@ -1,4 +1,4 @@
-"""The lambda of the automatic rule, solved for on some of the gates, for the expected number of nonzeros that is wanted."""
+"""The lambda of the automatic rule, solved for on some of the gates so that the expected nonzeros are those wanted."""
 
 import math
 from collections.abc import Callable

@@ -14,25 +14,6 @@ from diffpeft.gates.small_parameters import MAX_SMALL_ELEMENTS
 from diffpeft.gates.update import kernels
 from diffpeft.gates.update.kernels import PROBABILITY_UNIT
 
-LOG_ALPHAS = ("diffpruning_log_alpha", "diffpruning_group_log_alpha")
-"""Parameters of a layer: log_alpha of the elements and of the groups."""
-MOMENTS = ("diffpruning_exp_avg", "diffpruning_exp_avg_sq")
-"""Buffers of the elements' gates, as [`StoredGates`] has them."""
-GROUP_MOMENTS = ("diffpruning_group_exp_avg", "diffpruning_group_exp_avg_sq")
-"""Buffers of the group gates."""
-LOW_MEMORY_MOMENTS = (
-    "diffpruning_exp_avg",
-    "diffpruning_exp_avg_scale",
-    "diffpruning_exp_avg_sq_rows",
-    "diffpruning_exp_avg_sq_columns",
-)
-"""Buffers of a large parameter's gates in the low-memory mode, as `LowMemoryGates` has them."""
-DIFF_MOMENTS = ("diffpruning_w_sq_rows", "diffpruning_w_sq_columns", "diffpruning_w_sq_weight")
-"""Buffers of its dense diff, as `DiffMoments` has them."""
-LOW_MEMORY_BUFFERS = (*LOW_MEMORY_MOMENTS[1:], *DIFF_MOMENTS)
-"""Buffers that the low-memory mode alone has."""
-GATING_BUFFERS = (*MOMENTS, *GROUP_MOMENTS, *LOW_MEMORY_BUFFERS)
-
 LINE_ELEMENTS = 16
 """Neighbours in a sample: as many as memory gives at a time."""
 
@@ -61,7 +42,7 @@ class ElementGates(Protocol):
         """One in `stride` of the gates, from all over them."""
 
     def step(self, rule: Tensor, stretch: Stretch, fused: bool = False) -> Tensor:
-        """Move the gates by the rule of [`diffpeft.gates.update.kernels.automatic`]; returns what [`count_open`] does."""
+        """Move the gates by the rule of [`diffpeft.gates.update.kernels.automatic`], and count as [`count_open`]."""
 
     def count_open(self, stretch: Stretch, fused: bool = False) -> Tensor:
         """Sum of P(z > 0) in units of 2^-30, int64, shape (tensors,)."""
