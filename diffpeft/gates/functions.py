@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from diffpeft.gates import kernels
-from diffpeft.gates.hard_concrete import Stretch, stretch_and_clamp
+from diffpeft.gates.hard_concrete import GatedTensors, Stretch, stretch_and_clamp
 from diffpeft.gates.kernels import Draw
 from diffpeft.gates.noise import seed_words, uniform, uniform_scalar
 from diffpeft.gates.workspace import Workspace
@@ -24,19 +24,6 @@ from diffpeft.sparse.linear import compute_dtype, embedding_gradient
 
 Accumulate = Callable[[Tensor, Tensor | None], None]
 """Takes a gradient of log_alpha, fp32, and which rows it is; None: all of them."""
-
-
-class GatedTensors(NamedTuple):
-    """The tensors that one effective parameter is made of."""
-
-    base: Tensor
-    """The frozen pretrained parameter theta, any shape and floating dtype."""
-    w: Tensor
-    """The dense diff, fp32, shape of `base`."""
-    log_alpha: Tensor
-    """Of the element gates, fp32 or fp16, shape of `base`."""
-    group_log_alpha: Tensor | None
-    """Of the group gate, fp32, shape (1,); None without structure."""
 
 
 class GateSample(NamedTuple):

@@ -9,6 +9,7 @@ Pure functions on tensors; nothing here knows about models.
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,19 @@ from diffpeft.gates.compile import split_flat
 
 Stretch = tuple[float, float]
 """(l, r) with l < 0 and 1 < r."""
+
+
+class GatedTensors(NamedTuple):
+    """The tensors that one effective parameter is made of."""
+
+    base: Tensor
+    """The frozen pretrained parameter theta, any shape and floating dtype."""
+    w: Tensor
+    """The dense diff, fp32, shape of `base`."""
+    log_alpha: Tensor
+    """Of the element gates, fp32 or fp16, shape of `base`."""
+    group_log_alpha: Tensor | None
+    """Of the group gate, fp32, shape (1,); None without structure."""
 
 
 def widened(log_alpha: Tensor) -> Tensor:

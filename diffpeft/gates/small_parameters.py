@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffpeft.gates.functions import GatedTensors
-from diffpeft.gates.hard_concrete import Stretch, binary_concrete, gate_slope, stretch_and_clamp
+from diffpeft.gates.hard_concrete import GatedTensors, Stretch, binary_concrete, gate_slope, stretch_and_clamp
 from diffpeft.gates.noise import uniform
 
 MAX_SMALL_ELEMENTS = 1 << 14

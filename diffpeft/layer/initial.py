@@ -10,9 +10,8 @@ from torch import nn
 
 from diffpeft.config import DiffPruningConfig
 from diffpeft.files.encoding import buffer_size
-from diffpeft.gates.update.factored import is_large
-from diffpeft.gates.update.low_memory import new_moments
-from diffpeft.gates.update.names import GATING_BUFFERS, GROUP_MOMENTS, LOG_ALPHAS, MOMENTS
+from diffpeft.gates.update.factored import is_large, new_moments
+from diffpeft.gates.update.held import GATING_BUFFERS, GROUP_MOMENTS, LOG_ALPHAS, MOMENTS
 
 GATING_PARAMETERS = ("diffpruning_w", *LOG_ALPHAS)
 INIT_STD = 0.02

@@ -15,6 +15,7 @@ from diffpeft.files.keys import ROOT
 from diffpeft.gates.forward_pass import ForwardPass, remove_hooks
 from diffpeft.gates.hard_concrete import gated_parameter
 from diffpeft.layer import run
+from diffpeft.layer.find import layers_in
 from diffpeft.layer.merging import MergeStack
 from diffpeft.layer.tensors import AdapterTensors
 from diffpeft.layer.wrapped import has_hook, is_offloaded, run_onloaded
@@ -150,6 +151,10 @@ class DiffPruningLayer(AdapterTensors):
             containers = [tensors for name in self.all_names() for tensors in getattr(self, name).values()]
             return run_onloaded(self.base_layer, containers, self._forward_loaded, args, kwargs)
         return self._forward(*args, **kwargs)
+
+    def running_layers(self) -> list[DiffPruningLayer]:
+        """All layers of the model that runs now."""
+        return [] if self.noise.model is None else layers_in(self.noise.model, DiffPruningLayer)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if not (self._disable_adapters or self._merges or torch.compiler.is_compiling()):

@@ -9,18 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffpeft.gates.forward_pass import may_be_replayed
-from diffpeft.gates.functions import (
-    GatedTensors,
-    GateSample,
-    gated_embedding,
-    gated_linear,
-    gated_parameter_sampled,
-)
+from diffpeft.gates.functions import GateSample, gated_embedding, gated_linear, gated_parameter_sampled
+from diffpeft.gates.hard_concrete import GatedTensors
 from diffpeft.gates.small_parameters import MAX_SMALL_ELEMENTS, SmallParameter, small_parameters
-from diffpeft.gates.update.collect import low_memory_gates
-from diffpeft.gates.update.in_backward import accumulator
-from diffpeft.layer.find import layers_in
-from diffpeft.layer.tensors import AdapterTensors
+from diffpeft.gates.update.low_memory import accumulator, low_memory_gates
 from diffpeft.layer.wrapped import device_of, is_offloaded, is_plain
 from diffpeft.sparse.functions import Diff, patched_embedding, patched_linear, sampling_pays, sparse_parameter
 from diffpeft.sparse.inplace import Entry, InplaceUpdate, can_be_overwritten
@@ -163,7 +155,7 @@ def _small_effective(layer: Layer, adapter_name: str, name: str) -> Tensor | Non
         return None
     if noise.small_effective is None:
         noise.small_effective, small, device = {}, {}, device_of(layer.base_layer)
-        for other in layers_in(noise.model, AdapterTensors):
+        for other in layer.running_layers():
             if other.noise is noise:
                 small.update(_small_parameters(other, adapter_name, device))
         if small:

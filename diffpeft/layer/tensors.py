@@ -15,8 +15,7 @@ from diffpeft.files.encoding import buffer_size, pack
 from diffpeft.files.keys import POSITIONS, VALUES
 from diffpeft.files.stored_diff import StoredDiff
 from diffpeft.gates import hard_concrete as gates
-from diffpeft.gates.update.collect import UpdateStatus
-from diffpeft.gates.update.names import GATING_BUFFERS, LOW_MEMORY_BUFFERS
+from diffpeft.gates.update.held import GATING_BUFFERS, LOW_MEMORY_BUFFERS, UpdateStatus
 from diffpeft.layer.initial import GATING_PARAMETERS, fixmask_tensors, gating_tensors
 from diffpeft.layer.wrapped import device_of, is_offloaded, own_shapes, quantization_backend
 

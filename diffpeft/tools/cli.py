@@ -25,7 +25,7 @@ from diffpeft.tools.export.checkpoint import to_checkpoint
 from diffpeft.tools.export.coo import to_coo
 from diffpeft.tools.export.peft import to_super_tuning
 from diffpeft.tools.extract import extract_diff
-from diffpeft.tools.hub import CONFIG_FILES, MODEL_FILES, fetch
+from diffpeft.tools.fetch import CONFIG_FILES, MODEL_FILES, fetch
 from diffpeft.tools.opened import OpenedAdapter
 from diffpeft.tools.plots import draw
 from diffpeft.tuner.combining import common_targets

@@ -7,7 +7,7 @@ import torch
 from diffpeft.files import fingerprint
 from diffpeft.files.adapter import read_adapter, read_config
 from diffpeft.files.checkpoint import LazyTensors, open_checkpoint, skeleton_of
-from diffpeft.tools.hub import ADAPTER_FILES, CONFIG_FILES, MODEL_FILES, fetch
+from diffpeft.tools.fetch import ADAPTER_FILES, CONFIG_FILES, MODEL_FILES, fetch
 
 
 class OpenedAdapter:

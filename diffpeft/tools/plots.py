@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffpeft.model import DiffPruningModel
+from peft.tuners.tuners_utils import BaseTuner
+
 from diffpeft.sparse.diff import Diff, count_nonzeros
 
 
-def plot_density(model: DiffPruningModel, path: str | Path, adapter_name: str | None = None) -> None:
+def plot_density(model: BaseTuner, path: str | Path, adapter_name: str | None = None) -> None:
     """Save a picture of the diff's density per layer, and per layer and parameter.
 
     Args:

@@ -18,8 +18,7 @@ from diffpeft.model import DiffPruningModel
 from diffpeft.trainer import resume
 from diffpeft.trainer.ddp import DDPFinder
 from diffpeft.trainer.launch import check_launch
-from diffpeft.trainer.learning_rate import RateSchedule
-from diffpeft.trainer.logs import USED_RATE_ATTRIBUTE
+from diffpeft.trainer.learning_rate import USED_RATE_ATTRIBUTE, RateSchedule
 
 logger = logging.getLogger(__name__)
 

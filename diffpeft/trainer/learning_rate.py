@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+USED_RATE_ATTRIBUTE = "diffpruning_learning_rate"
+"""Attribute of the Trainer's state: the learning rate of the last update, which the scheduler does not know."""
+
 
 class RateSchedule:
     """Multiplies the learning rates of an optimizer's groups for one update, and restores them after it.

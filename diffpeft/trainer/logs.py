@@ -7,9 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, trainer
 
 from diffpeft.model import DiffPruningModel
-
-USED_RATE_ATTRIBUTE = "diffpruning_learning_rate"
-"""Attribute of the Trainer's state: the learning rate of the last update, which the scheduler does not know."""
+from diffpeft.trainer.learning_rate import USED_RATE_ATTRIBUTE
 
 
 class DiffPruningLogCallback(TrainerCallback):

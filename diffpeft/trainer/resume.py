@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 from transformers import TrainerState
@@ -18,7 +19,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from diffpeft.config import DiffPruningConfig
-from diffpeft.model import DiffPruningModel
 from diffpeft.sparse.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     return None
 
 
-def checksum(tuner: DiffPruningModel, adapter_name: str) -> int | None:
+def checksum(tuner: BaseTuner, adapter_name: str) -> int | None:
     """The sum of the bytes, taken as integers, of all tensors of an adapter and its heads; None where they are sharded.
 
     Saving and loading leave it as it is: of positions, which files encode by their dtype, the decoded ones count.
@@ -67,7 +67,7 @@ def _sum(tensor: Tensor) -> int:
     return int(flat.view(width).sum(dtype=torch.int64))
 
 
-def settings(tuner: DiffPruningModel, adapter_name: str) -> dict[str, Any]:
+def settings(tuner: BaseTuner, adapter_name: str) -> dict[str, Any]:
     """The config's fields that decide where a run ends, as JSON has them, and the fingerprint of the base model."""
     config = tuner.peft_config[adapter_name].to_dict()
     deciding = [field.name for field in fields(DiffPruningConfig) if field.metadata.get("decides_run")]
@@ -115,7 +115,7 @@ def saved_state(
     return saved
 
 
-def check(tuner: DiffPruningModel, adapter_name: str, saved: Mapping[str, Any]) -> None:
+def check(tuner: BaseTuner, adapter_name: str, saved: Mapping[str, Any]) -> None:
     """Raise ValueError unless the adapter, as it was loaded, its config and its base are those of a checkpoint.
 
     Args:

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from diffpeft.config import FIXMASK, GATING, DiffPruningConfig
 from diffpeft.files import fingerprint
 from diffpeft.files.checkpoint import fresh_head
-from diffpeft.gates.update.names import GATING_BUFFERS
+from diffpeft.gates.update.held import GATING_BUFFERS
 from diffpeft.layer.find import layers_in, outer_modules
 from diffpeft.layer.layer import DiffPruningLayer, RootParameters
 from diffpeft.layer.output import OutputLayer

@@ -3,41 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from torch import Tensor
 
+from diffpeft.gates.update.held import GROUP_MOMENTS, LOG_ALPHAS, LOW_MEMORY_MOMENTS, MOMENTS, GatedLayer
 from diffpeft.gates.update.low_memory import LowMemoryGates
-from diffpeft.gates.update.names import GROUP_MOMENTS, LOG_ALPHAS, LOW_MEMORY_MOMENTS, MOMENTS
 from diffpeft.gates.update.state import Group, StoredGates
-
-
-@dataclass
-class UpdateStatus:
-    """The state of an adapter's next update on one layer, as backward passes leave it in the low-memory mode."""
-
-    finite: bool = True
-    """Whether all gradients were; what was not has changed nothing."""
-    updated: set[str] = field(default_factory=set)
-    """Labels of the parameters that stepped."""
-
-
-class GatedLayer(Protocol):
-    """A module with the gates of some adapters."""
-
-    fused: bool
-    """Whether chains of elementwise operations are compiled."""
-    update_status: dict[str, UpdateStatus]
-    """State of each adapter's next update."""
-    generations: dict[str, int]
-    """A number of its own each time that an adapter's gates are made."""
-
-    def parameter_key(self, name: str) -> str:
-        """Name of a parameter in the base model."""
-
-    def held(self, attribute: str, adapter_name: str) -> Mapping[str, Any]:
-        """The adapter's tensors of one kind, by parameter name."""
 
 
 def groups_of(layer: GatedLayer, adapter_name: str) -> dict[str, Group]:
@@ -57,14 +28,6 @@ def _group(held: Mapping[str, Mapping[str, Tensor]], name: str) -> Group:
     if name in held[LOW_MEMORY_MOMENTS[1]]:
         return Group(LowMemoryGates(log_alpha, *(held[kind][name] for kind in LOW_MEMORY_MOMENTS)), group_gate)
     return Group(StoredGates(log_alpha, log_alpha.grad, *(held[kind][name] for kind in MOMENTS)), group_gate)
-
-
-def low_memory_gates(layer: GatedLayer, adapter_name: str, name: str) -> LowMemoryGates | None:
-    """The gates of a large parameter's elements in the low-memory mode; None where they are stored whole."""
-    if name not in layer.held(LOW_MEMORY_MOMENTS[1], adapter_name):
-        return None
-    moments = (layer.held(kind, adapter_name)[name] for kind in LOW_MEMORY_MOMENTS)
-    return LowMemoryGates(layer.held(LOG_ALPHAS[0], adapter_name)[name], *moments)
 
 
 def collect(layers: Iterable[GatedLayer], adapter_name: str) -> list[Group]:

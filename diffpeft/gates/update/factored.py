@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffpeft.gates.update.held import DIFF_MOMENTS, LOW_MEMORY_MOMENTS
 from diffpeft.gates.update.kernels import BETAS, MIN_DIVISOR
 
 MIN_LARGE_ELEMENTS = (1 << 14) + 1
@@ -40,6 +41,14 @@ def mean_squares(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def factors(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Two vectors whose outer product is the second moment with these means."""
     return rows, columns / rows.mean().clamp_min(MIN_DIVISOR)
+
+
+def new_moments(w: Tensor) -> dict[str, Tensor]:
+    """The buffers of a large parameter before any gradient, by their names; `w` is its dense diff."""
+    rows, columns = matrix_shape(w.shape)
+    made = [torch.zeros_like(w, dtype=torch.int8)]
+    made += [w.new_zeros(size) for size in ((rows,), (rows,), (columns,), (rows,), (columns,), ())]
+    return dict(zip((*LOW_MEMORY_MOMENTS, *DIFF_MOMENTS), made, strict=True))
 
 
 class DiffMoments(NamedTuple):

@@ -12,10 +12,9 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from diffpeft.gates.functions import Accumulate
-from diffpeft.gates.update.collect import GatedLayer, UpdateStatus, groups_of, low_memory_gates
+from diffpeft.gates.update.collect import groups_of
 from diffpeft.gates.update.factored import DiffMoments
-from diffpeft.gates.update.names import DIFF_MOMENTS
+from diffpeft.gates.update.held import DIFF_MOMENTS, GatedLayer, UpdateStatus, status_of
 from diffpeft.gates.update.state import StoredGates
 
 
@@ -121,11 +120,6 @@ class _Hook(NamedTuple):
     group: int | None
 
 
-def status_of(layer: GatedLayer, adapter_name: str) -> UpdateStatus:
-    """The state of the adapter's next update on a layer."""
-    return layer.update_status.setdefault(adapter_name, UpdateStatus())
-
-
 def backward_steps(layer: GatedLayer, adapter_name: str) -> list[BackwardStep]:
     """The parameters of a layer that step within the backward pass.
 
@@ -158,24 +152,6 @@ def _step_gates(
     gates = groups_of(layer, adapter_name)[name][int(of_group)]
     assert isinstance(gates, StoredGates)
     return gates.accumulate(grad)
-
-
-def accumulator(layer: GatedLayer, adapter_name: str, name: str) -> Accumulate | None:
-    """The function that takes the gradient of low-memory gates in backward; None if these are not there or frozen."""
-    gates = low_memory_gates(layer, adapter_name, name)
-    if gates is None or not gates.log_alpha.requires_grad:
-        return None
-    if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "low_memory=True updates tensors within the backward pass, which torch.compile cannot follow; leave the "
-            "model uncompiled, or use low_memory=False"
-        )
-
-    def accumulate(grad: Tensor, rows: Tensor | None) -> None:
-        if not gates.accumulate(grad, rows, layer.fused):
-            status_of(layer, adapter_name).finite = False
-
-    return accumulate
 
 
 def finish_update(layer: GatedLayer, adapter_name: str) -> bool:

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 
 from diffpeft.gates.compile import CHUNK_ELEMENTS, compile_and_run
+from diffpeft.gates.functions import Accumulate
 from diffpeft.gates.hard_concrete import Stretch, open_shift
 from diffpeft.gates.noise import new_seed, random_bits, seed_words
 from diffpeft.gates.update import factored, kernels
+from diffpeft.gates.update.held import LOG_ALPHAS, LOW_MEMORY_MOMENTS, GatedLayer, status_of
 from diffpeft.gates.update.kernels import BETAS, MIN_DIVISOR
-from diffpeft.gates.update.names import DIFF_MOMENTS, LOW_MEMORY_MOMENTS
 from diffpeft.gates.update.state import LINE_ELEMENTS, GateColumns
 
 MAX_CODE = 127
@@ -86,14 +87,6 @@ def _by_rows(
     for block in zip(*(torch.split(tensor, rows) for tensor in (*matrices, *vectors)), strict=True):
         chain(block[: len(matrices)], start, block[len(matrices) :], *settings)
         start += block[0].numel()
-
-
-def new_moments(w: Tensor) -> dict[str, Tensor]:
-    """The buffers of a large parameter before any gradient, by their names; `w` is its dense diff."""
-    rows, columns = factored.matrix_shape(w.shape)
-    made = [torch.zeros_like(w, dtype=torch.int8)]
-    made += [w.new_zeros(size) for size in ((rows,), (rows,), (columns,), (rows,), (columns,), ())]
-    return dict(zip((*LOW_MEMORY_MOMENTS, *DIFF_MOMENTS), made, strict=True))
 
 
 class LowMemoryGates(NamedTuple):
@@ -185,3 +178,29 @@ class LowMemoryGates(NamedTuple):
 def _put_back(matrix: Tensor, tensor: Tensor) -> None:
     if matrix.data_ptr() != tensor.data_ptr():
         tensor.detach().copy_(matrix.view(tensor.shape))
+
+
+def low_memory_gates(layer: GatedLayer, adapter_name: str, name: str) -> LowMemoryGates | None:
+    """The gates of a large parameter's elements in the low-memory mode; None where they are stored whole."""
+    if name not in layer.held(LOW_MEMORY_MOMENTS[1], adapter_name):
+        return None
+    moments = (layer.held(kind, adapter_name)[name] for kind in LOW_MEMORY_MOMENTS)
+    return LowMemoryGates(layer.held(LOG_ALPHAS[0], adapter_name)[name], *moments)
+
+
+def accumulator(layer: GatedLayer, adapter_name: str, name: str) -> Accumulate | None:
+    """The function that takes the gradient of low-memory gates in backward; None if these are not there or frozen."""
+    gates = low_memory_gates(layer, adapter_name, name)
+    if gates is None or not gates.log_alpha.requires_grad:
+        return None
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "low_memory=True updates tensors within the backward pass, which torch.compile cannot follow; leave the "
+            "model uncompiled, or use low_memory=False"
+        )
+
+    def accumulate(grad: Tensor, rows: Tensor | None) -> None:
+        if not gates.accumulate(grad, rows, layer.fused):
+            status_of(layer, adapter_name).finite = False
+
+    return accumulate

@@ -12,7 +12,8 @@ from torch import Tensor
 from diffpeft.gates import hard_concrete
 from diffpeft.gates.hard_concrete import Stretch, open_logit
 from diffpeft.gates.update import rules
-from diffpeft.gates.update.collect import GatedLayer, collect, log_alphas
+from diffpeft.gates.update.collect import collect, log_alphas
+from diffpeft.gates.update.held import GatedLayer
 from diffpeft.gates.update.in_backward import finish_update
 from diffpeft.gates.update.rules import StepSettings, StoredGroup
 from diffpeft.gates.update.state import GateSet

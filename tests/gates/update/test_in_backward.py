@@ -5,7 +5,7 @@ import torch
 from accelerate.state import GradientState
 from torch import nn
 
-from diffpeft.gates.update.collect import UpdateStatus
+from diffpeft.gates.update.held import UpdateStatus
 from diffpeft.gates.update.in_backward import BackwardStep, InBackward
 
 

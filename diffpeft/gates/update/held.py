@@ -1,0 +1,58 @@
+"""What gates ask of the layer that holds their tensors: attributes, by name, and the state of the next update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+LOG_ALPHAS = ("diffpruning_log_alpha", "diffpruning_group_log_alpha")
+"""Parameters: log_alpha of the elements and of the groups."""
+MOMENTS = ("diffpruning_exp_avg", "diffpruning_exp_avg_sq")
+"""Buffers of the elements' gates, as `StoredGates` has them."""
+GROUP_MOMENTS = ("diffpruning_group_exp_avg", "diffpruning_group_exp_avg_sq")
+"""Buffers of the group gates."""
+LOW_MEMORY_MOMENTS = (
+    "diffpruning_exp_avg",
+    "diffpruning_exp_avg_scale",
+    "diffpruning_exp_avg_sq_rows",
+    "diffpruning_exp_avg_sq_columns",
+)
+"""Buffers of a large parameter's gates in the low-memory mode, as `LowMemoryGates` has them."""
+DIFF_MOMENTS = ("diffpruning_w_sq_rows", "diffpruning_w_sq_columns", "diffpruning_w_sq_weight")
+"""Buffers of its dense diff, as `DiffMoments` has them."""
+LOW_MEMORY_BUFFERS = (*LOW_MEMORY_MOMENTS[1:], *DIFF_MOMENTS)
+"""Buffers that the low-memory mode alone has."""
+GATING_BUFFERS = (*MOMENTS, *GROUP_MOMENTS, *LOW_MEMORY_BUFFERS)
+
+
+@dataclass
+class UpdateStatus:
+    """The state of an adapter's next update on one layer, as backward passes leave it in the low-memory mode."""
+
+    finite: bool = True
+    """Whether all gradients were; what was not has changed nothing."""
+    updated: set[str] = field(default_factory=set)
+    """Labels of the parameters that stepped."""
+
+
+class GatedLayer(Protocol):
+    """A module with the gates of some adapters."""
+
+    fused: bool
+    """Whether chains of elementwise operations are compiled."""
+    update_status: dict[str, UpdateStatus]
+    """State of each adapter's next update."""
+    generations: dict[str, int]
+    """A number of its own each time that an adapter's gates are made."""
+
+    def parameter_key(self, name: str) -> str:
+        """Name of a parameter in the base model."""
+
+    def held(self, attribute: str, adapter_name: str) -> Mapping[str, Any]:
+        """The adapter's tensors of one kind, by parameter name."""
+
+
+def status_of(layer: GatedLayer, adapter_name: str) -> UpdateStatus:
+    """The state of the adapter's next update on a layer."""
+    return layer.update_status.setdefault(adapter_name, UpdateStatus())
