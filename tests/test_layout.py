@@ -98,28 +98,13 @@ def is_private(name):
 
 
 # What the rules do not hold for yet; each is to be empty, and the number of floors 0, in the end.
-ALLOWED_ENTRIES = {"peft_type"}
-ALLOWED_FLOORS = 19
-ALLOWED_IMPORTS = {
-    "config.py imports peft_type.py",
-    "files/adapter.py imports config.py",
-    "files/adapter.py imports layer/layer.py",
-    "files/adapter.py imports layer/tensors.py",
-    "files/adapter.py imports peft_type.py",
-    "files/checkpoint.py imports tuner/head.py",
-    "tools/cli.py imports to_checkpoint through tools/export/__init__.py",
-    "tools/cli.py imports to_coo through tools/export/__init__.py",
-    "tools/cli.py imports to_super_tuning through tools/export/__init__.py",
-    "tuner/registration.py imports peft_type.py",
-}
+ALLOWED_ENTRIES = set[str]()
+ALLOWED_FLOORS = 17
+ALLOWED_IMPORTS = set[str]()
 ALLOWED_LENGTHS = {
     "gates/update/in_backward.py:_step_gates",
     "layer/layer.py",
     "layer/tensors.py",
-    "tools/cli.py",
-    "tools/cli.py:combine",
-    "tools/export/peft.py:to_super_tuning",
-    "tools/extract.py:extract_diff",
     "tuner/base.py",
     "tuner/base.py:_create_and_replace",
 }

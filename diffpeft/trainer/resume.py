@@ -18,7 +18,6 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from diffpeft.config import DiffPruningConfig
 from diffpeft.sparse.sharded import is_sharded
 
 logger = logging.getLogger(__name__)
@@ -69,8 +68,8 @@ def _sum(tensor: Tensor) -> int:
 
 def settings(tuner: BaseTuner, adapter_name: str) -> dict[str, Any]:
     """The config's fields that decide where a run ends, as JSON has them, and the fingerprint of the base model."""
+    deciding = [one.name for one in fields(tuner.peft_config[adapter_name]) if one.metadata.get("decides_run")]
     config = tuner.peft_config[adapter_name].to_dict()
-    deciding = [field.name for field in fields(DiffPruningConfig) if field.metadata.get("decides_run")]
     decisive = {name: config[name] for name in deciding}
     for name, value in decisive.items():
         if isinstance(value, (set, frozenset)):

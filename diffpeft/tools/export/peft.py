@@ -82,14 +82,11 @@ def to_super_tuning(
         )
     sizes, left_out = _held(diff, model, leave_out)
     sparsity = _sparsity([(diff[name][0].numel(), numel) for name, numel in sizes.items()])
+    padded = {name: _padded(*diff[name], int(numel * (1 - sparsity))) for name, numel in sizes.items()}
     tensors = {PREFIX + name: head.detach().to("cpu", copy=True).contiguous() for name, head in (heads or {}).items()}
-    nonzeros = padding = 0
-    for name, numel in sizes.items():
-        key, size = PREFIX + name.removesuffix("weight"), int(numel * (1 - sparsity))
-        positions, values = (tensor.cpu() for tensor in diff[name])
-        nonzeros, padding = nonzeros + positions.numel(), padding + size - positions.numel()
-        positions, values = _padded(positions, values.float(), size)
-        tensors[f"{key}supertuning_indices"], tensors[f"{key}supertuning_values"] = positions.to(torch.int32), values
+    for name, pair in padded.items():
+        key = PREFIX + name.removesuffix("weight")
+        tensors[f"{key}supertuning_indices"], tensors[f"{key}supertuning_values"] = pair
     config = SupertuningConfig(
         # A pattern, not a list, whose names would also match the ends of longer ones.
         target_modules="|".join(re.escape(name.removesuffix(".weight")) for name in sizes),
@@ -101,7 +98,8 @@ def to_super_tuning(
     ).to_dict()
     config["target_modules"] = str(config["target_modules"])
     replace_adapter(Path(directory), tensors, json.dumps(config, indent=2, sort_keys=True))
-    return SuperTuningExport(nonzeros, padding, left_out)
+    nonzeros = sum(diff[name][0].numel() for name in sizes)
+    return SuperTuningExport(nonzeros, sum(values.numel() for _, values in padded.values()) - nonzeros, left_out)
 
 
 def _held(diff: Diff, model: nn.Module, leave_out: bool) -> tuple[dict[str, int], dict[str, int]]:
@@ -154,12 +152,16 @@ def _sparsity(counts: Collection[tuple[int, int]]) -> float:
 
 
 def _padded(positions: Tensor, values: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Add zeros at the first free positions, up to `size` entries; among the first `size` positions enough are free."""
+    """The entries, and zeros at the first free positions, `size` in all: int32 and fp32, shape (size,), on the CPU.
+
+    Among the first `size` positions enough are free.
+    """
+    positions, values = positions.cpu(), values.float().cpu()
     free = torch.ones(size, dtype=torch.bool)
     free[positions[positions < size]] = False
     extra = free.nonzero().squeeze(1)[: size - positions.numel()]
     positions, order = torch.cat([positions, extra]).sort()
-    return positions, torch.cat([values, values.new_zeros(extra.shape)])[order]
+    return positions.to(torch.int32), torch.cat([values, values.new_zeros(extra.shape)])[order]
 
 
 def _read(directory: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
