@@ -16,7 +16,7 @@ from diffpeft.gates.forward_pass import ForwardPass, remove_hooks
 from diffpeft.gates.hard_concrete import gated_parameter
 from diffpeft.layer import run
 from diffpeft.layer.find import layers_in
-from diffpeft.layer.merging import MergeStack
+from diffpeft.layer.merging import MergeStack, check_mergeable
 from diffpeft.layer.tensors import AdapterTensors
 from diffpeft.layer.wrapped import has_hook, is_offloaded, run_onloaded
 from diffpeft.sparse.functions import sparse_parameter
@@ -215,7 +215,8 @@ class DiffPruningLayer(AdapterTensors):
         """
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name in self.configs:
-                self._check_mergeable(adapter_name)
+                check_mergeable(self, adapter_name)
+                check_whole(self._own().values(), "merging")
                 entries = {self.parameter_key(name): entry for name, entry in self.entries(adapter_name).items()}
                 self._merges.push(adapter_name, entries, check_finite=safe_merge)
 
@@ -243,23 +244,6 @@ class DiffPruningLayer(AdapterTensors):
                 )
             entries[name] = Entry(own[name], positions, diff.parameter)
         return entries
-
-    def _check_mergeable(self, adapter_name: str) -> None:
-        for name in self.shapes if self.shared_with or self.tied_layers else ():
-            others = [*self.shared_with.get(name, [])]
-            others += [layer.key for layer in self.tied_layers.get(name, []) if adapter_name not in layer.configs]
-            if others and self.changes(adapter_name, name):
-                raise ValueError(
-                    f"{self.parameter_key(name)} is also a parameter of {others}, which the adapter leaves alone: "
-                    f"merging adapter {adapter_name!r} would change them too; adapt or exclude all of them, or untie "
-                    "them"
-                )
-        if self.quantized and "weight" in (self.nnz(adapter_name) or {}):
-            raise ValueError(
-                f"{self.key} is quantised: merging adapter {adapter_name!r} would round its weight again and lose both; "
-                "use it unmerged, or merge into the model loaded unquantised"
-            )
-        check_whole(self._own().values(), "merging")
 
     def _own(self) -> dict[str, nn.Parameter]:
         """All parameters of the wrapped module, as it holds them."""

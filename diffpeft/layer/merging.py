@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -63,3 +63,20 @@ class MergeStack:
         merged = self._merged[-1]
         merged.update.revert([parameters[name] for name in merged.parameters])
         self._merged.pop()
+
+
+def check_mergeable(layer: Any, adapter_name: str) -> None:
+    """Raise ValueError where merging an adapter into a `DiffPruningLayer` would change more than the adapter covers."""
+    for name in layer.shapes if layer.shared_with or layer.tied_layers else ():
+        others = [*layer.shared_with.get(name, [])]
+        others += [tied.key for tied in layer.tied_layers.get(name, []) if adapter_name not in tied.configs]
+        if others and layer.changes(adapter_name, name):
+            raise ValueError(
+                f"{layer.parameter_key(name)} is also a parameter of {others}, which the adapter leaves alone: merging "
+                f"adapter {adapter_name!r} would change them too; adapt or exclude all of them, or untie them"
+            )
+    if layer.quantized and "weight" in (layer.nnz(adapter_name) or {}):
+        raise ValueError(
+            f"{layer.key} is quantised: merging adapter {adapter_name!r} would round its weight again and lose both; use "
+            "it unmerged, or merge into the model loaded unquantised"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,8 +44,6 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
 
     # ModuleDicts: adapter name -> ParameterDict or BufferDict: parameter name -> tensor.
     diffpruning_w: Any
-    diffpruning_log_alpha: Any
-    diffpruning_group_log_alpha: Any
     diffpruning_values: Any
     diffpruning_positions: Any
 
@@ -57,6 +55,8 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         self.shapes = {name: shape for name, shape in own_shapes(base_layer).items() if name not in ties}
         """Shapes of the parameters that this layer adapts, by their name in the module."""
         self.quantization_backend = quantization_backend(base_layer)  # PEFT reads it
+        self.quantized = self.quantization_backend is not None
+        """Whether the wrapped module's weight is quantised, so that a diff cannot be added to it."""
         for name in self.all_names():
             self.__dict__[name] = {}  # until there is something to hold: a module costs time in every search
         self.configs: dict[str, DiffPruningConfig] = {}
@@ -79,11 +79,6 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def parameter_key(self, name: str) -> str:
         """The name in the base model of the wrapped module's parameter `name`."""
         return f"{self.key}.{name}" if self.key else name
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the wrapped module's weight is quantised, so that a diff cannot be added to it."""
-        return self.quantization_backend is not None
 
     @property
     def module_key(self) -> str:
@@ -141,13 +136,11 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the adapter's tensors beside the base parameters (PEFT's hook after loading); gates keep their dtypes."""
         target = device_of(self.base_layer) if device is None else device
-        for attribute in self.all_names():
-            container: Any = getattr(self, attribute)
-            if adapter_name not in container or target.type == "meta":
-                continue
-            tensors = [*container[adapter_name].parameters(), *container[adapter_name].buffers()]
-            if not any(tensor.is_meta for tensor in tensors):
-                container[adapter_name].to(target)
+        for attribute in self.all_names() if target.type != "meta" else ():
+            if not any(tensor.is_meta for tensor in self.held(attribute, adapter_name).values()):
+                container: Any = getattr(self, attribute)
+                if adapter_name in container:
+                    container[adapter_name].to(target)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         """Move or cast the wrapped module; the adapter moves along but keeps its dtypes.
@@ -271,7 +264,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         """Nonzeros of each parameter that has any; None in gating."""
         if self.is_gating(adapter_name):
             return None
-        return {name: values.numel() for name, values in getattr(self, VALUES)[adapter_name].items()}
+        return {name: values.numel() for name, values in self.held(VALUES, adapter_name).items()}
 
     def sparse(self, adapter_name: str, name: str) -> StoredDiff:
         """The adapter's sparse diff of parameter `name`; fixmask only."""
@@ -290,23 +283,19 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
 
     def sparse_diffs(self, adapter_name: str) -> dict[str, StoredDiff]:
         """The adapter's sparse diffs by parameter name; none in gating."""
-        held = self.diffpruning_values
-        names = held[adapter_name]._parameters if adapter_name in held else ()
-        return {name: self.sparse(adapter_name, name) for name in names}
+        return {name: self.sparse(adapter_name, name) for name in self.held(VALUES, adapter_name)}
 
     def adapter_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         """All parameters of the adapter, trainable or not."""
-        containers = [getattr(self, attribute) for attribute in self.adapter_layer_names]
-        return [p for container in containers if adapter_name in container for p in container[adapter_name].values()]
+        return [p for attribute in self.adapter_layer_names for p in self.held(attribute, adapter_name).values()]
 
-    def tensors(self, adapter_name: str) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """All tensors of the adapter, by their names in the layer."""
-        for attribute in self.all_names():
-            container: Any = getattr(self, attribute)
-            if adapter_name in container:
-                held = container[adapter_name]
-                for name, tensor in (held._parameters | held._buffers).items():
-                    yield f"{attribute}.{adapter_name}.{name}", tensor
+        return {
+            f"{attribute}.{adapter_name}.{name}": tensor
+            for attribute in self.all_names()
+            for name, tensor in self.held(attribute, adapter_name).items()
+        }
 
     def held(self, attribute: str, adapter_name: str) -> dict[str, Any]:
         """The adapter's tensors in one attribute, by parameter name."""
@@ -316,8 +305,11 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
 
     def gates_of_parameter(self, adapter_name: str, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """w, log_alpha of the element gates and of the group gate; None for gates that there are not."""
-        w, log_alpha, group_log_alpha = (getattr(self, attribute)[adapter_name] for attribute in GATING_PARAMETERS)
-        return w[name], log_alpha.get(name, None), group_log_alpha.get(name, None)
+        w, log_alpha, group_log_alpha = (
+            self.held(attribute, adapter_name).get(name) for attribute in GATING_PARAMETERS
+        )
+        assert w is not None
+        return w, log_alpha, group_log_alpha
 
     def dense_delta(self, adapter_name: str, name: str) -> Tensor:
         """z w with deterministic gates, fp32, shape of the parameter; gating only, without gradient."""

@@ -51,7 +51,7 @@ def checksum(tuner: BaseTuner, adapter_name: str) -> int | None:
         return None
     tensors: list[Tensor] = []
     if tuner.phase(adapter_name) == "gating":
-        tensors += [tensor for layer in tuner.all_layers() for _, tensor in layer.tensors(adapter_name)]
+        tensors += [tensor for layer in tuner.all_layers() for tensor in layer.tensors(adapter_name).values()]
     else:
         tensors += [tensor for pair in tuner.get_diff(adapter_name).values() for tensor in pair]
     for module in tuner.model.modules():

@@ -271,7 +271,9 @@ def fit_to_file(
         if isinstance(layer, DiffPruningLayer) and layer.has_adapter(adapter_name)
     }
     state_dict = match_file(layers.values(), config, adapter_name, state_dict)
-    own = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.tensors(adapter_name)}
+    own = {
+        f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.tensors(adapter_name).items()
+    }
     state_dict = rename(state_dict, {without_adapter(key, adapter_name) for key in own})
     remapped = remap(state_dict)
     check_complete(own, adapter_name, remapped)
