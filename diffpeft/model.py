@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from diffpeft.config import FIXMASK, GATING, DiffPruningConfig
-from diffpeft.files.encoding import rounded, stored_size
+from diffpeft.files.encoding import stored_size
 from diffpeft.gates.update import step as gate_update
 from diffpeft.gates.update.collect import log_alphas
 from diffpeft.gates.update.in_backward import InBackward, backward_steps, check_low_memory
@@ -85,10 +84,8 @@ class DiffPruningModel(DiffPruningTuner):
             return 0.0
         layers = self.layers_of(name)
         check_whole(log_alphas(layers, name), "gate_step")
-        progress, known = (
-            gate_update.Progress(step, gating_steps, self.num_base_parameters()),
-            self.__dict__.get("_open_count"),
-        )
+        progress = gate_update.Progress(step, gating_steps, self.num_base_parameters())
+        known = self.__dict__.get("_open_count")
         l0_lambda, self.__dict__["_open_count"] = gate_update.gate_step(layers, name, config, progress, known)
         return l0_lambda
 
@@ -241,7 +238,6 @@ class DiffPruningModel(DiffPruningTuner):
                 for diff in layer.sparse_diffs(adapter_name).values():
                     diff.values  # noqa: B018 - decodes at first use
 
-    @torch.no_grad()
     def cast_values(self, dtype: str, adapter_name: str | None = None) -> None:
         """Round a pruned diff's values, for a file of fewer bytes.
 
@@ -251,22 +247,7 @@ class DiffPruningModel(DiffPruningTuner):
         Raises:
             ValueError: in gating, for another dtype, and where values would become infinite.
         """
-        name = self.resolve(adapter_name)
-        if self.phase(name) != FIXMASK:
-            raise ValueError(f"adapter {name!r} is in gating, its values are not final; call magnitude_prune first")
-        config = copy.copy(self.peft_config[name])
-        config.value_dtype = dtype
-        config.__post_init__()
-        diffs = [diff for layer in self.layers_of(name) for diff in layer.sparse_diffs(name).values()]
-        result = [rounded(diff.values, dtype) for diff in diffs]
-        for diff, values in zip(diffs, result, strict=True):
-            if not bool(values.isfinite().all()):
-                raise ValueError(f"{diff.key} has values beyond {dtype}; use 'bfloat16'")
-        for diff, values in zip(diffs, result, strict=True):
-            diff.parameter.data = values
-        for layer in self.layers_of(name):
-            layer.configs[name] = config
-        self.peft_config[name] = config
+        pruning.cast_values(self, self.resolve(adapter_name), dtype)
 
     def add_weighted_adapter(
         self,

@@ -10,8 +10,9 @@ from torch import nn
 
 from diffpeft.config import DiffPruningConfig
 from diffpeft.files.encoding import buffer_size
+from diffpeft.files.keys import POSITIONS, VALUES
 from diffpeft.gates.update.factored import is_large, new_moments
-from diffpeft.gates.update.held import GATING_BUFFERS, GROUP_MOMENTS, LOG_ALPHAS, MOMENTS
+from diffpeft.gates.update.held import GATING_BUFFERS, GROUP_MOMENTS, LOG_ALPHAS, LOW_MEMORY_BUFFERS, MOMENTS
 
 GATING_PARAMETERS = ("diffpruning_w", *LOG_ALPHAS)
 INIT_STD = 0.02
@@ -49,13 +50,14 @@ def gating_tensors(
             own |= {kind: zero.clone() for kind in GROUP_MOMENTS}
         for attribute, tensor in own.items():
             moments[attribute][name] = tensor
-    return {**parameters, **moments}
+    kept = {attribute: own for attribute, own in moments.items() if len(own) or attribute not in LOW_MEMORY_BUFFERS}
+    return {**parameters, **kept}
 
 
 def fixmask_tensors(
     shapes: Mapping[str, torch.Size], nnz: Mapping[str, int], device: torch.device, config: DiffPruningConfig
-) -> tuple[nn.ParameterDict, BufferDict]:
-    """Room for an adapter's values, NaN, and for their packed positions, zeros, by parameter name.
+) -> dict[str, nn.Module]:
+    """Room for an adapter's values, NaN, and for their packed positions, zeros, by attribute of the layer.
 
     Args:
         shapes: the layer's parameters, by name.
@@ -69,4 +71,4 @@ def fixmask_tensors(
         values[name] = nn.Parameter(unknown if config.init_weights else torch.randn_like(unknown).mul_(INIT_STD))
         size = buffer_size(count, shapes[name].numel(), config.value_dtype)
         packed[name] = torch.zeros(size, dtype=torch.uint8, device=device)
-    return values, packed
+    return {VALUES: values, POSITIONS: packed}

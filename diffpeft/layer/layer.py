@@ -60,7 +60,7 @@ class DiffPruningLayer(AdapterTensors):
     def effective(self, name: str, targeting: Mapping[str, Any] | None = None) -> Tensor:
         """The parameter `name` of the wrapped module as the active adapters change it.
 
-        With `targeting`, only by those of them that target another module, which is tied to this one by the parameter.
+        With `targeting`, only by those that target another module, which is tied to this one by the parameter.
         """
         if name in self.ties:
             owner: DiffPruningLayer = self.ties[name][0]
@@ -175,14 +175,8 @@ class DiffPruningLayer(AdapterTensors):
         return run.add_to_quantized(self, output, *args) if self.quantized else output
 
     def _forward_loaded(self, *args: Any, **kwargs: Any) -> Any:
-        """Run offloaded parameters, which are here now, and see that those of a gating adapter were ever loaded."""
-        for adapter_name, tensors in self.diffpruning_w.items():
-            for name, w in tensors.items():
-                if bool(w.isnan().any()):
-                    raise ValueError(
-                        f"{self.parameter_key(name)}, adapter {adapter_name!r}: w was never loaded or is damaged; load the "
-                        "adapter again, with PeftModel.from_pretrained"
-                    )
+        """Run with offloaded parameters, which are here now."""
+        run.check_loaded(self)
         return self._forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> DiffPruningLayer:
@@ -264,12 +258,8 @@ class RootParameters(DiffPruningLayer):
 
     def __init__(self, model: nn.Module, noise: ForwardPass) -> None:
         super().__init__(model, "", {}, noise)
+        self.module_key = self.NAME
         self._plain: dict[str, nn.Parameter | None] = {}
-
-    @property
-    def module_key(self) -> str:
-        """The name of the child, which is not the model's own."""
-        return self.NAME
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "base_layer":  # not as a submodule: the model would contain itself

@@ -15,9 +15,9 @@ from diffpeft.files.encoding import buffer_size, pack
 from diffpeft.files.keys import POSITIONS, VALUES
 from diffpeft.files.stored_diff import StoredDiff
 from diffpeft.gates import hard_concrete as gates
-from diffpeft.gates.update.held import GATING_BUFFERS, LOW_MEMORY_BUFFERS, UpdateStatus
+from diffpeft.gates.update.held import GATING_BUFFERS, UpdateStatus
 from diffpeft.layer.initial import GATING_PARAMETERS, fixmask_tensors, gating_tensors
-from diffpeft.layer.wrapped import device_of, is_offloaded, own_shapes, quantization_backend
+from diffpeft.layer.wrapped import device_of, is_offloaded, keeping_dtype, own_shapes, quantization_backend
 
 _generations = itertools.count()
 
@@ -28,8 +28,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     Every tensor of an adapter lives in an attribute of the class's prefix, by adapter, then by parameter name:
 
     - gating: `diffpruning_w` and `diffpruning_log_alpha` (shape of the parameter, fp32), `diffpruning_group_log_alpha`
-      (shape (1,)), and as buffers the moments of the gates' gradients; large parameters in the low-memory mode have
-      their own forms of these (`diffpeft/gates/update/low_memory.py`);
+      (shape (1,)), and as buffers the moments of the gates' gradients, coarser ones in the low-memory mode;
     - fixmask: `diffpruning_values` (shape (k,), fp32 while they train) and, as a buffer, `diffpruning_positions`
       (packed, uint8); [`sparse`] gives both decoded.
 
@@ -50,7 +49,8 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, key: str, ties: dict[str, tuple[Any, str]]) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.key = key
+        self.key = self.module_key = key
+        """The module's name in the base model, and the layer's own in the model, without what wraps it."""
         self.ties = ties
         self.shapes = {name: shape for name, shape in own_shapes(base_layer).items() if name not in ties}
         """Shapes of the parameters that this layer adapts, by their name in the module."""
@@ -79,11 +79,6 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def parameter_key(self, name: str) -> str:
         """The name in the base model of the wrapped module's parameter `name`."""
         return f"{self.key}.{name}" if self.key else name
-
-    @property
-    def module_key(self) -> str:
-        """The layer's own name in the model that it is injected into, without what wraps it."""
-        return self.key
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that this layer adapts, by their name in the module; a quantised weight as it is stored."""
@@ -145,11 +140,10 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         """Move or cast the wrapped module; the adapter moves along but keeps its dtypes.
 
-        bf16 gates would lose updates: near log_alpha = 5 half an ulp is 0.016. (fp16 ones, of the low-memory mode, are
-        rounded stochastically.)
+        bf16 gates would lose updates: near log_alpha = 5 half an ulp is 0.016. (Those in fp16 are rounded stochastically.)
         """
         for name, child in self.named_children():
-            child._apply(fn if name == "base_layer" else _keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+            child._apply(fn if name == "base_layer" else keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     # Phases
@@ -170,34 +164,26 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 f"{self.key} is quantised, where gates cannot be learned; train and prune the adapter on the model as it "
                 "was, then load it here, or leave the module out with exclude_modules"
             )
-        config, device = self.configs[adapter_name], device_of(self.base_layer)
-        self._clear(adapter_name)
+        config = self.configs[adapter_name]
         # Some loaders leave what is offloaded as it was: zeros must not pass for a diff that was loaded.
         unknown = config.inference_mode and is_offloaded(self.base_layer)
-        made = gating_tensors(self.shapes, device, config, unknown)
+        self._replace(adapter_name, gating_tensors(self.shapes, device_of(self.base_layer), config, unknown))
         self.generations[adapter_name] = next(_generations)
-        for attribute, tensors in made.items():
-            if len(tensors) or attribute not in LOW_MEMORY_BUFFERS:
-                self._hold(attribute, adapter_name, tensors)
-        self._set_trainable(adapter_name)
 
     def start_fixmask(self, adapter_name: str, nnz: dict[str, int]) -> None:
         """Give the adapter room for `nnz` values in each parameter, in place of what it had.
 
-        Until a file or [`set_diff`] fills them they are NaN and their positions nowhere, so that what was never loaded is
-        not taken for a diff of zeros. Parameters without nonzeros take no tensors at all.
+        Until a file or [`set_diff`] fills them they are NaN and their positions nowhere, so that what was never loaded
+        is not taken for a diff of zeros. Parameters without nonzeros take no tensors at all.
         """
-        self._clear(adapter_name)
         for name, count in nnz.items():
             if count > self.shapes[name].numel():
                 raise ValueError(
                     f"nnz_pattern gives {self.parameter_key(name)} {count} nonzeros, but it has "
                     f"{self.shapes[name].numel()} elements; the adapter belongs to another model"
                 )
-        made = fixmask_tensors(self.shapes, nnz, device_of(self.base_layer), self.configs[adapter_name])
-        for attribute, tensors in zip((VALUES, POSITIONS), made, strict=True):
-            self._hold(attribute, adapter_name, tensors)
-        self._set_trainable(adapter_name)
+        device, config = device_of(self.base_layer), self.configs[adapter_name]
+        self._replace(adapter_name, fixmask_tensors(self.shapes, nnz, device, config))
 
     def make_room(self, adapter_name: str, nnz: dict[str, int]) -> None:
         """Bring the adapter's tensors into the shapes of a file with `nnz` values in each parameter.
@@ -226,25 +212,22 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 getattr(self, POSITIONS)[adapter_name][name] = packed
                 self.sparse(adapter_name, name).note(packed, positions.clone())
 
-    def _hold(self, attribute: str, adapter_name: str, tensors: nn.Module) -> None:
-        if attribute not in self._modules:
-            setattr(self, attribute, nn.ModuleDict())
-        getattr(self, attribute)[adapter_name] = tensors
-
-    def _set_trainable(self, adapter_name: str) -> None:
-        """New tensors of the active adapter train, unless it was loaded for inference; those of others do not."""
-        active: Any = self.active_adapters
-        trainable = adapter_name in active and not self.configs[adapter_name].inference_mode
-        for parameter in self.adapter_parameters(adapter_name):
-            parameter.requires_grad_(trainable)
-
-    def _clear(self, adapter_name: str) -> None:
+    def _replace(self, adapter_name: str, made: dict[str, nn.Module]) -> None:
+        """Give the adapter these tensors, by attribute, which train if it is active and was not loaded for inference."""
         for attribute in self.all_names():
             container: Any = getattr(self, attribute)
             if adapter_name in container:
                 del container[adapter_name]
         self.update_status.pop(adapter_name, None)
         self._forget(adapter_name)
+        for attribute, tensors in made.items():
+            if attribute not in self._modules:
+                setattr(self, attribute, nn.ModuleDict())
+            getattr(self, attribute)[adapter_name] = tensors
+        active: Any = self.active_adapters
+        trainable = adapter_name in active and not self.configs[adapter_name].inference_mode
+        for parameter in self.adapter_parameters(adapter_name):
+            parameter.requires_grad_(trainable)
 
     def _forget(self, adapter_name: str) -> None:
         for key in [key for key in self._sparse if key[0] == adapter_name]:
@@ -314,11 +297,3 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def dense_delta(self, adapter_name: str, name: str) -> Tensor:
         """z w with deterministic gates, fp32, shape of the parameter; gating only, without gradient."""
         return gates.delta(*self.gates_of_parameter(adapter_name, name), self.configs[adapter_name].stretch)
-
-
-def _keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def apply(tensor: Tensor) -> Tensor:
-        result = fn(tensor)
-        return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-    return apply

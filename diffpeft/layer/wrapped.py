@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate.hooks import AlignDevicesHook
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
-from torch import nn
+from torch import Tensor, nn
 
 
 def own_shapes(module: nn.Module) -> dict[str, torch.Size]:
@@ -91,3 +91,13 @@ def run_onloaded(
         for one in held:
             one._hf_hook.post_forward(one, None)
     return hook.post_forward(module, output)
+
+
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function with results that have the dtypes of its arguments."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return apply

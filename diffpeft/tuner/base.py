@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from diffpeft.config import FIXMASK, GATING, DiffPruningConfig
 from diffpeft.files import fingerprint
-from diffpeft.files.checkpoint import fresh_head
 from diffpeft.gates.update.held import GATING_BUFFERS
 from diffpeft.layer.find import layers_in, outer_modules
 from diffpeft.layer.layer import DiffPruningLayer, RootParameters
@@ -30,7 +29,7 @@ class DiffPruningTuner(BaseTuner):
     prefix: str = "diffpruning_"
     tuner_layer_cls = DiffPruningLayer
     target_module_mapping: dict[str, list[str]] = {}  # the default is found in the model, not by its type
-    _injection: injection.Injection | None = None  # while adapters are injected
+    _injection: Any = None  # an `Injection` while adapters are injected
 
     # Layers and adapters
 
@@ -86,12 +85,7 @@ class DiffPruningTuner(BaseTuner):
     def _prepare_adapter_config(
         self, peft_config: DiffPruningConfig, model_config: dict[str, Any]
     ) -> DiffPruningConfig:
-        if peft_config.target_modules is None:
-            head = [name for name in fresh_head(self.model) if name not in (peft_config.modules_to_save or [])]
-            if head:
-                peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *head]
-        if peft_config.target_modules == "all-linear" and self.all_layers():
-            peft_config.target_modules = injection.all_linear(self.model, peft_config)
+        injection.complete_config(self.model, peft_config, wrapped=bool(self.all_layers()))
         return peft_config
 
     def _check_new_adapter_config(self, config: DiffPruningConfig) -> None:
@@ -119,11 +113,11 @@ class DiffPruningTuner(BaseTuner):
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
+        *,
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
         if not isinstance(target, DiffPruningLayer):
-            assert self._injection is not None
             target = self._injection.wrap(target, current_key, parent, target_name)
         target.update_layer(adapter_name, peft_config)
 
@@ -192,11 +186,7 @@ class DiffPruningTuner(BaseTuner):
     def switch_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make other adapters active and merge them in place of those that are merged, in one walk through the model.
 
-        The result is that of `unmerge_adapter(); set_adapter(adapter_name); merge_adapter()`.
-
-        Args:
-            adapter_name: the adapter or adapters, pruned or in gating.
-            inference_mode: whether they are frozen, as in `set_adapter`.
+        The result is that of `unmerge_adapter(); set_adapter(adapter_name, inference_mode); merge_adapter()`.
 
         Raises:
             ValueError: names that do not exist, or heads that cannot be active together: nothing changes then. Where
@@ -247,8 +237,7 @@ class DiffPruningTuner(BaseTuner):
         if merge and adapter_names is not None:
             switching.choose_heads(self.model, adapter_names)
         switching.unwrap(self.model, progressbar)
-        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        return model
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge_allowed(self) -> None:
         """Allow tied weights, which have one diff here (PEFT's hook); layers refuse what cannot be merged."""
@@ -269,10 +258,8 @@ class DiffPruningTuner(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The adapter's tensors for a file (PEFT's hook)."""
-        tensors: dict[str, Tensor] = super()._get_adapter_state_dict(
-            model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
-        return saving.tensors_to_save(model, config, adapter_name, tensors)
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return saving.tensors_to_save(model, config, adapter_name, own)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -284,24 +271,17 @@ class DiffPruningTuner(BaseTuner):
 
     # Running
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Run a mixed batch (PEFT's hook around forward and generate): `adapter_names` has a name for each row."""
         names = kwargs.get("adapter_names")
         if names is None:
-            yield
-            return
+            return nullcontext()
         mixed_batch.check_names(names, self.peft_config.keys(), self.training, self.all_layers())
-
-        def activate(adapter_name: str) -> Any:
-            return switching.only_active(self.model, adapter_name)
-
-        with activate(mixed_batch.BASE), mixed_batch.MixedBatch(names, activate).running(self.model):
-            yield
+        return switching.mixed(self.model, names)
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The model's output layer, as a plain module with the effective weight."""
-        output: nn.Module | None = self.model.get_output_embeddings()
+        output = self.model.get_output_embeddings()
         return OutputLayer(output) if isinstance(output, DiffPruningLayer) else output
 
     def train(self, mode: bool = True) -> DiffPruningTuner:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from diffpeft.config import DiffPruningConfig
 from diffpeft.files import fingerprint
+from diffpeft.files.checkpoint import fresh_head
 from diffpeft.gates.compile import MIN_COMPILED_GATES
 from diffpeft.gates.forward_pass import ForwardPass
 from diffpeft.layer.find import outer_modules
@@ -118,7 +119,7 @@ def freeze(model: nn.Module) -> None:
                 parameter.requires_grad = False
 
 
-def all_linear(model: nn.Module, config: DiffPruningConfig) -> list[str]:
+def _all_linear(model: nn.Module, config: DiffPruningConfig) -> list[str]:
     """The modules that "all-linear" means in a model that is wrapped already, where PEFT finds no linear modules."""
     output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     heads = SEQ_CLS_HEAD_NAMES if output is None and config.task_type == TaskType.SEQ_CLS else ()
@@ -130,6 +131,16 @@ def all_linear(model: nn.Module, config: DiffPruningConfig) -> list[str]:
         if isinstance(linear, (nn.Linear, Conv1D)) and module is not output and not trained_whole:
             names.append(key)
     return sorted(set(names) - set(heads))
+
+
+def complete_config(model: nn.Module, config: DiffPruningConfig, wrapped: bool) -> None:
+    """Put into a config what depends on the model: the fresh head, and "all-linear" where the model is `wrapped`."""
+    if config.target_modules is None:
+        head = [name for name in fresh_head(model) if name not in (config.modules_to_save or [])]
+        if head:
+            config.modules_to_save = [*(config.modules_to_save or []), *head]
+    if config.target_modules == "all-linear" and wrapped:
+        config.target_modules = _all_linear(model, config)
 
 
 def check_model(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Magnitude pruning of an adapter: from gating to fixmask (arXiv 2012.07463, section 3.1)."""
+"""Magnitude pruning of an adapter (arXiv 2012.07463, section 3.1), and rounding the values that it kept."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from diffpeft.config import GATING, DiffPruningConfig, check_density
+from diffpeft.files.encoding import rounded
 from diffpeft.files.keys import VALUES
 from diffpeft.gates.scores import GatedDiff
 from diffpeft.layer.layer import DiffPruningLayer
@@ -108,3 +109,24 @@ def _check(tuner: BaseTuner, adapter_name: str, density: float, layers: list[Dif
 def _gated_diff(layer: DiffPruningLayer, adapter_name: str, name: str) -> GatedDiff:
     w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, name)
     return GatedDiff(w, log_alpha, group_log_alpha, layer.configs[adapter_name].stretch)
+
+
+@torch.no_grad()
+def cast_values(tuner: BaseTuner, adapter_name: str, dtype: str) -> None:
+    """Round a pruned adapter's values to a dtype of files; see `DiffPruningModel.cast_values`."""
+    if tuner.phase(adapter_name) == GATING:
+        raise ValueError(f"adapter {adapter_name!r} is in gating, its values are not final; call magnitude_prune first")
+    config = copy.copy(tuner.peft_config[adapter_name])
+    config.value_dtype = dtype
+    config.__post_init__()
+    layers = tuner.layers_of(adapter_name)
+    diffs = [diff for layer in layers for diff in layer.sparse_diffs(adapter_name).values()]
+    result = [rounded(diff.values, dtype) for diff in diffs]
+    for diff, values in zip(diffs, result, strict=True):
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{diff.key} has values beyond {dtype}; use 'bfloat16'")
+    for diff, values in zip(diffs, result, strict=True):
+        diff.parameter.data = values
+    for layer in layers:
+        layer.configs[adapter_name] = config
+    tuner.peft_config[adapter_name] = config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import onload_layer
@@ -14,7 +15,7 @@ from tqdm.auto import tqdm
 from diffpeft.layer.find import outer_modules
 from diffpeft.layer.layer import DiffPruningLayer, RootParameters
 from diffpeft.layer.wrapped import is_offloaded
-from diffpeft.tuner.mixed_batch import BASE
+from diffpeft.tuner.mixed_batch import BASE, MixedBatch
 
 
 def onloaded(layer: DiffPruningLayer) -> AbstractContextManager[Any]:
@@ -53,6 +54,14 @@ def only_active(model: nn.Module, adapter_name: str) -> Iterator[None]:
             root.put_back()
         for module, active in zip(modules, before, strict=True):
             module._active_adapter = active
+
+
+@contextmanager
+def mixed(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Within the block the model takes a batch whose rows belong to the named adapters."""
+    activate = partial(only_active, model)
+    with activate(BASE), MixedBatch(adapter_names, activate).running(model):
+        yield
 
 
 def merge(layers: Sequence[DiffPruningLayer], adapter_names: list[str] | None, safe_merge: bool) -> None:
