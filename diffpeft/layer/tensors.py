@@ -167,7 +167,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         config = self.configs[adapter_name]
         # Some loaders leave what is offloaded as it was: zeros must not pass for a diff that was loaded.
         unknown = config.inference_mode and is_offloaded(self.base_layer)
-        self._replace(adapter_name, gating_tensors(self.shapes, device_of(self.base_layer), config, unknown))
+        self._set_tensors(adapter_name, gating_tensors(self.shapes, device_of(self.base_layer), config, unknown))
         self.generations[adapter_name] = next(_generations)
 
     def start_fixmask(self, adapter_name: str, nnz: dict[str, int]) -> None:
@@ -183,7 +183,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                     f"{self.shapes[name].numel()} elements; the adapter belongs to another model"
                 )
         device, config = device_of(self.base_layer), self.configs[adapter_name]
-        self._replace(adapter_name, fixmask_tensors(self.shapes, nnz, device, config))
+        self._set_tensors(adapter_name, fixmask_tensors(self.shapes, nnz, device, config))
 
     def make_room(self, adapter_name: str, nnz: dict[str, int]) -> None:
         """Bring the adapter's tensors into the shapes of a file with `nnz` values in each parameter.
@@ -212,7 +212,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 getattr(self, POSITIONS)[adapter_name][name] = packed
                 self.sparse(adapter_name, name).note(packed, positions.clone())
 
-    def _replace(self, adapter_name: str, made: dict[str, nn.Module]) -> None:
+    def _set_tensors(self, adapter_name: str, made: dict[str, nn.Module]) -> None:
         """Give the adapter these tensors, by attribute, which train if it is active and was not loaded for inference."""
         for attribute in self.all_names():
             container: Any = getattr(self, attribute)

@@ -129,13 +129,13 @@ def backward_steps(layer: GatedLayer, adapter_name: str) -> list[BackwardStep]:
     for name, (elements, group_gate) in groups_of(layer, adapter_name).items():
         key = layer.parameter_key(name)
         if isinstance(elements, StoredGates):
-            step = partial(_step_gates, layer, adapter_name, name, False)
+            step = partial(_step_gates, layer, adapter_name, (name, False))
             steps.append(BackwardStep(f"the gates of {key}", elements.log_alpha, step, False, status))
         else:
             step, w = partial(_step_diff, layer, adapter_name, name), layer.held("diffpruning_w", adapter_name)[name]
             steps.append(BackwardStep(f"the diff of {key}", w, step, True, status))
         if group_gate is not None:
-            step = partial(_step_gates, layer, adapter_name, name, True)
+            step = partial(_step_gates, layer, adapter_name, (name, True))
             steps.append(BackwardStep(f"the group gate of {key}", group_gate.log_alpha, step, False, status))
     return steps
 
@@ -146,9 +146,10 @@ def _step_diff(layer: GatedLayer, adapter_name: str, name: str, grad: Tensor, ra
 
 
 def _step_gates(
-    layer: GatedLayer, adapter_name: str, name: str, of_group: bool, grad: Tensor, rate: float, decay: float
+    layer: GatedLayer, adapter_name: str, which: tuple[str, bool], grad: Tensor, rate: float, decay: float
 ) -> bool:
     """Accumulate the gradient of the elements' gates or of the group's; rate and decay are the optimizer's alone."""
+    name, of_group = which
     gates = groups_of(layer, adapter_name)[name][int(of_group)]
     assert isinstance(gates, StoredGates)
     return gates.accumulate(grad)
