@@ -40,8 +40,10 @@ _Seen = tuple[Callable[..., Any], Sequence[Any]]
 
 def split_flat(tensor: Tensor) -> tuple[Tensor, ...]:
     """A tensor, flat and without gradient, in chunks that are worked on at a time; views if it is contiguous."""
-    elements = CHUNK_ELEMENTS if tensor.device.type == "cpu" else GPU_CHUNK_ELEMENTS
-    return torch.split(tensor.detach().reshape(-1), elements)
+    flat = tensor.detach().reshape(-1)
+    if torch.compiler.is_compiling():  # a compiler fuses chains itself, and would unroll the loop over chunks
+        return (flat,)
+    return torch.split(flat, CHUNK_ELEMENTS if tensor.device.type == "cpu" else GPU_CHUNK_ELEMENTS)
 
 
 def _leaves(arguments: Sequence[Any]) -> Iterator[Any]:

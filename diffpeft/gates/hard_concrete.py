@@ -103,10 +103,12 @@ def gated_parameter(
     Returns:
         A tensor of the shape and dtype of `base`, differentiable in `w`, `log_alpha` and `group_log_alpha`.
     """
-    delta = gate(log_alpha, noise[0], stretch) * w
+    if noise[0] is None and not torch.is_grad_enabled():
+        return delta(w, log_alpha, group_log_alpha, stretch).add_(base).to(base.dtype)
+    change = gate(log_alpha, noise[0], stretch) * w
     if group_log_alpha is not None:
-        delta = delta * gate(group_log_alpha, noise[1], stretch).reshape(())
-    return (delta + base.detach()).to(base.dtype)
+        change = change * gate(group_log_alpha, noise[1], stretch).reshape(())
+    return (change + base.detach()).to(base.dtype)
 
 
 def delta_chunks(
