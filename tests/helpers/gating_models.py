@@ -7,7 +7,7 @@ from diffpeft import DiffPruningConfig
 
 
 def make(base, **config):
-    """A model in gating, its diff not nought and its gates spread; the same for the same base."""
+    """A model in gating, its diff not zero and its gates spread; the same for the same base."""
     model = get_peft_model(base, DiffPruningConfig(**{"task_type": "SEQ_CLS", "target_density": 0.02, **config}))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

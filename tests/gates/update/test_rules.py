@@ -25,7 +25,7 @@ def fresh(log_alpha: Tensor) -> StoredGates:
 
 
 def make_groups(shapes: Sequence[tuple[int, ...]], structured: bool, mean: float, device: str = "cpu") -> list[Group]:
-    """Gates at random places, without gradients or moments."""
+    """Gates with random log_alpha, without gradients or moments."""
     generator = torch.Generator().manual_seed(len(shapes))
     groups = []
     for shape in shapes:
