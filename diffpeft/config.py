@@ -31,8 +31,8 @@ FORMAT_VERSION = 2
 def _peft_type() -> PeftType:
     """`PeftType.DIFFPRUNING`, added on the first call.
 
-    `register_peft_method` takes only members of the enumeration and transformers reads `peft_type.value`, so a string does
-    not do; an enumeration with members cannot be subclassed, so the member is added to it.
+    `register_peft_method` takes only members of the enumeration and transformers reads `peft_type.value`, so a string
+    does not do; an enumeration with members cannot be subclassed, so the member is added to it.
     """
     if PEFT_TYPE not in PeftType.__members__:
         member = str.__new__(PeftType, PEFT_TYPE)
@@ -58,14 +58,14 @@ def _field(default: Any, about: str, decides_run: bool = False) -> Any:
 class DiffPruningConfig(PeftConfig):
     """Configuration of [`DiffPruningModel`] (arXiv 2012.07463).
 
-    `DiffPruningConfig(task_type=...)` is all that a fine-tuning run needs; `docs/flags.md` relates the fields to the flags
-    of the authors' released scripts.
+    `DiffPruningConfig(task_type=...)` is all that a fine-tuning run needs; `docs/flags.md` relates the fields to the
+    flags of the authors' released scripts.
     """
 
     target_modules: list[str] | str | None = _field(
         None,
-        "Modules to adapt: a list of names or suffixes, a regex, or 'all-linear', as in PEFT. None adapts every module that "
-        "owns a parameter, except the task head, which is trained whole.",
+        "Modules to adapt: a list of names or suffixes, a regex, or 'all-linear', as in PEFT. None adapts every module "
+        "that owns a parameter, except the task head, which is trained whole.",
         decides_run=True,
     )
     exclude_modules: list[str] | str | None = _field(
@@ -73,8 +73,8 @@ class DiffPruningConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = _field(
         None,
-        "Modules that are trained whole and saved with the diff. With the default target_modules the fresh head of a task "
-        "model is found and added.",
+        "Modules that are trained whole and saved with the diff. With the default target_modules the fresh head of a "
+        "task model is found and added.",
         decides_run=True,
     )
     layers_to_transform: list[int] | int | None = _field(
@@ -87,8 +87,8 @@ class DiffPruningConfig(PeftConfig):
     )
     target_density: float = _field(
         0.005,
-        "Nonzeros of the diff as a share of all parameters of the base model, adapted or not; the task head does not count. "
-        "In (0, 1].",
+        "Nonzeros of the diff as a share of all parameters of the base model, adapted or not; the task head does not "
+        "count. In (0, 1].",
         decides_run=True,
     )
     gated: bool = _field(
@@ -101,8 +101,9 @@ class DiffPruningConfig(PeftConfig):
     )
     group_penalty: str = _field(
         "product",
-        "How the gate of a parameter tensor enters the L0 penalty of a fixed l0_lambda: 'product' is the paper's equation, "
-        "'additive' the formula of the released code. The same l0_lambda means different strengths in the two.",
+        "How the gate of a parameter tensor enters the L0 penalty of a fixed l0_lambda: 'product' is the paper's "
+        "equation, 'additive' the formula of the released code. The same l0_lambda means different strengths in the "
+        "two.",
         decides_run=True,
     )
     l0_lambda: float | str = _field(
@@ -113,8 +114,8 @@ class DiffPruningConfig(PeftConfig):
     )
     gate_learning_rate: float | None = _field(
         None,
-        "Adam's learning rate for log_alpha, which is the most that it moves in a step. None means 0.1, as in the paper, "
-        "with a fixed l0_lambda; with 'auto' it follows from the number of gating steps.",
+        "Adam's learning rate for log_alpha, which is the most that it moves in a step. None means 0.1, as in the "
+        "paper, with a fixed l0_lambda; with 'auto' it follows from the number of gating steps.",
         decides_run=True,
     )
     stretch: tuple[float, float] = _field(
@@ -124,8 +125,8 @@ class DiffPruningConfig(PeftConfig):
     low_memory: bool = _field(
         False,
         "Gating in the memory of full fine-tuning with AdamW, by coarser moments and by updates of the diff within the "
-        "backward pass (docs/performance.md, 'Low memory'). One process, no fp16 gradient scaling, an optimizer of Adam's "
-        "family.",
+        "backward pass (docs/performance.md, 'Low memory'). One process, no fp16 gradient scaling, an optimizer of "
+        "Adam's family.",
         decides_run=True,
     )
     init_weights: bool = _field(True, "True starts the diff at zero. False starts it at random, for tests.")
@@ -170,8 +171,8 @@ class DiffPruningConfig(PeftConfig):
             )
         if self.low_memory and abs(self.init_log_alpha) > MAX_FP16_LOG_ALPHA:
             raise ValueError(
-                f"init_log_alpha={self.init_log_alpha} is farther than what low_memory=True can hold in fp16; use at most "
-                f"{MAX_FP16_LOG_ALPHA:g}, 5.0 in the paper"
+                f"init_log_alpha={self.init_log_alpha} is farther than what low_memory=True can hold in fp16; use at "
+                f"most {MAX_FP16_LOG_ALPHA:g}, 5.0 in the paper"
             )
         if self.gate_learning_rate is not None and not 0 < self.gate_learning_rate < float("inf"):
             raise ValueError(
@@ -233,6 +234,7 @@ def _stretch(stretch: Any, needed: bool) -> tuple[float, float]:
         raise ValueError(f"stretch=({low}, {high}) is not finite; use l < 0 and r > 1, e.g. (-1.5, 1.5)")
     if needed and not (low < 0 and high > 1):
         raise ValueError(
-            f"stretch=({low}, {high}) never closes or never opens a gate for good; use l < 0 and r > 1, e.g. (-1.5, 1.5)"
+            f"stretch=({low}, {high}) never closes or never opens a gate for good; "
+            "use l < 0 and r > 1, e.g. (-1.5, 1.5)"
         )
     return low, high

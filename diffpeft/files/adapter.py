@@ -58,22 +58,22 @@ def write_adapter(
 ) -> None:
     """Write what `save_pretrained` writes for a pruned adapter.
 
-    The old adapter of the directory is replaced whole: if writing is cut off, the directory holds the old adapter, the new
-    one, or none that loads. Two processes must not write into one directory at once.
+    The old adapter of the directory is replaced whole: if writing is cut off, the directory holds the old adapter, the
+    new one, or none that loads. Two processes must not write into one directory at once.
 
     Args:
         directory: made if it is not there.
-        config: the adapter's [`DiffPruningConfig`]. The file's says `inference_mode` and gets its counts and checksums from
-            what is written; this one is left alone.
-        diff: by the parameters' names in the base model. Parameters without nonzeros take no tensors. Values are stored in
-            the config's `value_dtype`.
+        config: the adapter's [`DiffPruningConfig`]. The file's says `inference_mode` and gets its counts and checksums
+            from what is written; this one is left alone.
+        diff: by the parameters' names in the base model. Parameters without nonzeros take no tensors. Values are stored
+            in the config's `value_dtype`.
         shapes: shapes of all parameters that the adapter covers, by name, those without nonzeros too.
         heads: the tensors of the modules of `modules_to_save`, by name in the base model.
         wrapped: modules that the tuner wraps, by default those that own one of `shapes`.
 
     Raises:
-        ValueError: a parameter that `shapes` lacks; positions out of order or range, or of another number than the values;
-            values or heads that are not finite; an empty diff.
+        ValueError: a parameter that `shapes` lacks; positions out of order or range, or of another number than the
+            values; values or heads that are not finite; an empty diff.
         OSError: the file system's.
     """
     wrapped = owners(shapes) if wrapped is None else wrapped
@@ -108,12 +108,12 @@ def read_adapter(
     Args:
         directory: with adapter_config.json and adapter_model.safetensors.
         shapes: shapes of the base model's parameters by name, without which positions cannot be decoded: those of
-            `named_parameters()`, or of `parameter_shapes(...)`. None takes them from the base model that the config names,
-            if that is a directory.
+            `named_parameters()`, or of `parameter_shapes(...)`. None takes them from the base model that the config
+            names, if that is a directory.
 
     Returns:
-        The config, a `DiffPruningConfig`; the diff, as `DiffPruningModel.get_diff` gives it, values fp32; and the tensors
-        of the heads by name in the base model.
+        The config, a `DiffPruningConfig`; the diff, as `DiffPruningModel.get_diff` gives it, values fp32; and the
+        tensors of the heads by name in the base model.
 
     Raises:
         ValueError: a file is missing or damaged; the adapter is not pruned, or of another method or model; and what
@@ -170,13 +170,15 @@ def verify(tensors: Mapping[str, Tensor], config: PeftConfig, shapes: Mapping[st
 
     Args:
         tensors: of the file, by key.
-        config: the file's; its `nnz_pattern`, `heads_checksum` and `diff_checksum` are compared where they are not None.
+        config: the file's; its `nnz_pattern`, `heads_checksum` and `diff_checksum` are compared where they are not
+            None.
         shapes: shapes of the base model's parameters by name.
 
     Raises:
         ValueError: values without positions, or positions without values; a dtype or shape that no diff has; a checksum
             that is wrong; positions out of order or range; values or heads that are NaN or infinite; values of several
-            dtypes; a parameter that `shapes` lacks; counts that the config contradicts; tensors of an adapter in gating.
+            dtypes; a parameter that `shapes` lacks; counts that the config contradicts; tensors of an adapter in
+            gating.
     """
     heads = verify_heads(tensors, config.heads_checksum)
     pairs = _pairs(tensors)
@@ -186,7 +188,8 @@ def verify(tensors: Mapping[str, Tensor], config: PeftConfig, shapes: Mapping[st
     for name, (stored, buffer) in pairs.items():
         if name not in shapes:
             raise ValueError(
-                f"{name} is no parameter of the base model that the adapter covers; use the adapter's own model and config"
+                f"{name} is no parameter of the base model that the adapter covers; "
+                "use the adapter's own model and config"
             )
         try:
             diff[name] = decode(stored, buffer, shapes[name].numel(), name)

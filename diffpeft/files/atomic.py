@@ -1,7 +1,7 @@
 """Replace an adapter's two files together, so that whoever reads them finds the old adapter or the new one.
 
-Both new files are written beside the old ones; then the weights are renamed, and then the config. While the renaming has
-begun and not ended, the new config is still beside the old one and the new weights are not: [`pending_config`]
+Both new files are written beside the old ones; then the weights are renamed, and then the config. While the renaming
+has begun and not ended, the new config is still beside the old one and the new weights are not: [`pending_config`]
 finds it for readers, and the next that writes ends it.
 """
 
@@ -17,7 +17,7 @@ from diffpeft.files.encoding import Checksums, checksums_of
 
 _NEW = ".new"
 _staged: dict[Path, Checksums] = {}
-"""Directories for which this process has written new weights whose config is still to come, and the weights' checksums."""
+"""Checksums of the weights that this process has staged, by the directory whose config is still to come."""
 
 
 def staged_checksums(directory: Path) -> Checksums | None:

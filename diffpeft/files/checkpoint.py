@@ -33,7 +33,7 @@ class StoredTensor(NamedTuple):
     floating: bool
 
     def load(self) -> Tensor:
-        """The tensor itself. The file is opened each time, because an open one keeps every page that was read in memory."""
+        """The tensor itself. The file is opened each time: an open one keeps in memory every page that was read."""
         with safe_open(self.file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(self.key)
         return tensor
@@ -89,9 +89,9 @@ def open_checkpoint(source: Source) -> Checkpoint:
     """The tensors of `source`, without reading them.
 
     Args:
-        source: a model, or a directory with model.safetensors, or with its shards and their index. Where config.json names
-            an architecture of transformers, the names are those of the model that `from_pretrained` makes of it, else
-            those of the file.
+        source: a model, or a directory with model.safetensors, or with its shards and their index. Where config.json
+            names an architecture of transformers, the names are those of the model that `from_pretrained` makes of it,
+            else those of the file.
 
     Raises:
         ValueError: no directory, or no safetensors in it; a shard or a parameter is missing; parameters that are put
@@ -183,8 +183,8 @@ def locate(directory: Path) -> dict[str, list[StoredTensor]]:
 def fresh_head(model: nn.Module) -> list[str]:
     """Names of the modules beside the pretrained backbone of a task model, e.g. ["classifier"].
 
-    A model that generates has no fresh head: its output layer is pretrained. Modules without parameters are left out, as
-    are models that do not tell where their backbone is.
+    A model that generates has no fresh head: its output layer is pretrained. Modules without parameters are left out,
+    as are models that do not tell where their backbone is.
     """
     if not isinstance(model, PreTrainedModel) or model.can_generate() or model.get_output_embeddings() is not None:
         return []
@@ -223,8 +223,7 @@ def _stored(directory: Path) -> dict[str, StoredTensor]:
 
 
 def skeleton_of(directory: Path) -> PreTrainedModel | None:
-    """The model of a directory without its weights, made from config.json alone; None where its architecture is not one of
-    transformers."""
+    """The model of a directory, without weights, from config.json alone; None for no architecture of transformers."""
     try:
         config = json.loads((directory / CONFIG).read_text())
     except FileNotFoundError:
@@ -252,8 +251,8 @@ def _renamed(stored: dict[str, StoredTensor], skeleton: PreTrainedModel, directo
         name, converter = (key, None) if key in wanted else rename_source_key(key, renamings, converters)
         if converter is not None and name in wanted:
             raise ValueError(
-                f"{directory}: {name} is put together from several tensors of the file, {key} among them; load the model "
-                "with from_pretrained and pass it instead of the directory"
+                f"{directory}: {name} is put together from several tensors of the file, {key} among them; load the "
+                "model with from_pretrained and pass it instead of the directory"
             )
         renamed[name] = tensor
     by_identity = {id(parameter): renamed[name] for name, parameter in wanted.items() if name in renamed}

@@ -1,13 +1,13 @@
 """The diff of one parameter as bytes: values in fewer bits, packed positions, and a checksum over both.
 
-Values are one tensor, shape (k,). Floating dtypes hold each by itself. "int8" holds integers q, -127 to 127, and one scale
-a parameter, fp32: the largest magnitude / 127. The values are q scale, rounded to fp32, and those have this scale too
-(`tests/files/test_encoding.py` tries all mantissas), so that what was read is written as it was.
+Values are one tensor, shape (k,). Floating dtypes hold each by itself. "int8" holds integers q, -127 to 127, and one
+scale a parameter, fp32: the largest magnitude / 127. The values are q scale, rounded to fp32, and those have this scale
+too (`tests/files/test_encoding.py` tries all mantissas), so that what was read is written as it was.
 
-Positions are the other, uint8: [checksum][scale][code]. The checksum is 4 bytes: in a file the CRC-32 of the parameter's
-name, the rest of the buffer and the values, little-endian; in memory, where values train, 255 each; 0 where nothing was
-loaded yet. The scale is 4 bytes where values have one, else none; it is read from a file alone. The code is that of
-`diffpeft/sparse/elias_fano.py`.
+Positions are the other, uint8: [checksum][scale][code]. The checksum is 4 bytes: in a file the CRC-32 of the
+parameter's name, the rest of the buffer and the values, little-endian; in memory, where values train, 255 each; 0 where
+nothing was loaded yet. The scale is 4 bytes where values have one, else none; it is read from a file alone. The code is
+that of `diffpeft/sparse/elias_fano.py`.
 """
 
 import zlib
@@ -102,8 +102,8 @@ def decode_values(stored: Tensor, buffer: Tensor, numel: int, name: str = "") ->
     """The values alone of what [`decode`] gives, fp32, shape (k,).
 
     Raises:
-        ValueError: a wrong checksum; another dtype than VALUE_DTYPES; a scale too many or too few, or that is not positive
-            and finite; values that are NaN or infinite.
+        ValueError: a wrong checksum; another dtype than VALUE_DTYPES; a scale too many or too few, or that is not
+            positive and finite; values that are NaN or infinite.
     """
     check_checksum(buffer, stored, name)
     scale = scale_of(buffer, stored.numel(), numel)
@@ -114,8 +114,8 @@ def decode_values(stored: Tensor, buffer: Tensor, numel: int, name: str = "") ->
     values = _dequantize(stored, scale)
     if not bool(values.isfinite().all()):
         raise ValueError(
-            f"its values are NaN or infinite in {dtype_name(stored.dtype)}: the file is damaged, its training has diverged, "
-            "or the dtype is too narrow"
+            f"its values are NaN or infinite in {dtype_name(stored.dtype)}: the file is damaged, its training has "
+            "diverged, or the dtype is too narrow"
         )
     return values
 
@@ -139,7 +139,8 @@ def _quantize(values: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     if dtype != "int8":
         return values.to(getattr(torch, dtype)), values.new_empty(0, dtype=torch.float32)
     values = values.float()
-    # Divided by a tensor: by a number, GPUs multiply with its rounded reciprocal. Below `tiny` the scale would lose bits.
+    # Divided by a tensor: by a number, GPUs multiply with its rounded reciprocal. Below `tiny` the scale would lose
+    # bits.
     scale = values.abs().amax(0, keepdim=True) / values.new_full((1,), 127)
     scale.clamp_(min=torch.finfo(torch.float32).tiny)
     return (values / scale).round().to(torch.int8), scale

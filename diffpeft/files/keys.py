@@ -1,8 +1,9 @@
 """Names of tensors in an adapter's file, and what they say of the base model's parameters.
 
 The diff of `encoder.dense.weight` has the keys `base_model.model.encoder.dense.diffpruning_values.weight` and
-`base_model.model.encoder.dense.diffpruning_positions.weight`. Where a module inside of a wrapped one is wrapped too, PEFT
-has `.base_layer` behind the outer one's name. Every other tensor of a file belongs to a head, which is trained whole.
+`base_model.model.encoder.dense.diffpruning_positions.weight`. Where a module inside of a wrapped one is wrapped too,
+PEFT has `.base_layer` behind the outer one's name. Every other tensor of a file belongs to a head, which is trained
+whole.
 """
 
 import re

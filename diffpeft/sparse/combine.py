@@ -29,9 +29,11 @@ def combine(
 
     - `linear`: the sum of weight * diff (task arithmetic, arXiv 2212.04089).
     - `magnitude_prune`: the same after each diff was reduced to its largest magnitudes.
-    - `dare_linear`: the same after each diff lost nonzeros at random and was rescaled by 1 / density (arXiv 2311.03099).
-    - `ties`, `dare_ties`: after the same reductions, each position elects a sign from the unweighted diffs, + if they
-      balance; the weighted values of that sign are averaged over their number, not over their weights (arXiv 2306.01708).
+    - `dare_linear`: the same after each diff lost nonzeros at random and was rescaled by 1 / density (arXiv
+    2311.03099). - `ties`, `dare_ties`: after the same reductions, each position elects a sign from the unweighted
+    diffs, + if they
+      balance; the weighted values of that sign are averaged over their number, not over their weights (arXiv
+      2306.01708).
 
     Unlike in PEFT, where it is a share of all elements of a tensor, `density` is the share of each diff's own nonzeros
     that is kept, because the diffs are sparse already: at 1 nothing is removed.
@@ -150,7 +152,8 @@ def _drop_randomly(diff: Diff, density: float) -> Diff:
 
 
 def _merge(present: Sequence[tuple[Tensor, Tensor, float]], elect: str | None) -> tuple[Tensor, Tensor]:
-    """Combine one parameter's (positions, nonzero values, weight) of each diff: a weighted sum, or TIES if it has to elect.
+    """Combine one parameter's (positions, nonzero values, weight) of each diff: a weighted sum, or TIES if it has to
+    elect.
 
     Adding one diff after the other, each of which has a position at most once, keeps the order of the sums fixed.
     """

@@ -29,8 +29,8 @@ def align_models(old: Checkpoint, new: Checkpoint, exclude: Sequence[str] | str)
     """Find what belongs together in a base and a fine-tuned model, without the modules of `exclude`.
 
     Raises:
-        ValueError: models that are not of one architecture; a parameter of the backbone that is new or of another shape; a
-            name in `exclude` that matches no module.
+        ValueError: models that are not of one architecture; a parameter of the backbone that is new or of another
+            shape; a name in `exclude` that matches no module.
     """
     names = _align(old, new)
     modules = _whole_modules(old, new, names)
@@ -48,8 +48,8 @@ def inside(name: str, modules: Sequence[str]) -> bool:
 
 
 def _align(old: Checkpoint, new: Checkpoint) -> dict[str, str]:
-    """The base's name of each parameter of the fine-tuned model that it has, with the backbone's prefix added, removed or
-    neither, whichever finds the most. Raises ValueError where that is less than half."""
+    """The base's name of each parameter of the fine-tuned model that it has, with the backbone's prefix added, removed
+    or neither, whichever finds the most. Raises ValueError where that is less than half."""
     available = old.parameters.keys() | old.tied.keys() | old.others.keys()
     prefixes = {prefix for prefix in (old.backbone, new.backbone) if prefix is not None}
     prefixes = prefixes or {name.partition(".")[0] for name in (*available, *new.parameters)}
@@ -84,8 +84,9 @@ def _whole_modules(old: Checkpoint, new: Checkpoint, names: dict[str, str]) -> l
         if name in names and every[names[name]] != shape and not inside(name, heads):
             if top == backbone or "." not in name or (new.backbone is None and new.model_class is not None):
                 raise ValueError(
-                    f"{name} is {tuple(every[names[name]])} in {old.label} and {tuple(shape)} in {new.label}, and no diff "
-                    "goes between shapes; resize the base as the fine-tuned model was, e.g. with resize_token_embeddings"
+                    f"{name} is {tuple(every[names[name]])} in {old.label} and {tuple(shape)} in {new.label}, and no "
+                    "diff goes between shapes; resize the base as the fine-tuned model was, e.g. with "
+                    "resize_token_embeddings"
                 )
             heads.append(top)
     shared = {module for name in names if not inside(name, heads) for module in _ancestors(name)}
@@ -94,8 +95,8 @@ def _whole_modules(old: Checkpoint, new: Checkpoint, names: dict[str, str]) -> l
             module = next((module for module in _ancestors(name) if module not in shared), None)
             if module is None:
                 raise ValueError(
-                    f"{name} is only in {new.label}, in a module that {old.label} has too, so that neither a diff nor a head "
-                    "can hold it; use the base that it was fine-tuned from"
+                    f"{name} is only in {new.label}, in a module that {old.label} has too, so that neither a diff nor "
+                    "a head can hold it; use the base that it was fine-tuned from"
                 )
             heads.append(module)
     return heads

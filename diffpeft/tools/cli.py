@@ -39,7 +39,7 @@ Base = Annotated[
     typer.Option("--base", help="The base model, a directory or on the Hub; default: what the config names."),
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Adapter = Annotated[str, typer.Argument(help="A finished adapter: a directory, or on the Hub.")]
+Adapter = Annotated[str, typer.Argument(help="A pruned adapter: a directory, or on the Hub.")]
 
 
 @contextmanager

@@ -57,10 +57,10 @@ def extract_diff(
 ) -> Extraction:
     """Turn a fully fine-tuned model into a pruned adapter: the k largest |finetuned - base| of all tensors together.
 
-    k = round(density * parameters), or the number of entries that differ, where that is less. Tensors are read one pair at
-    a time, several times each, so that memory holds little more than the largest of them and the result. The base plus the
-    diff, in the base's dtype, is the fine-tuned model where all that differs is kept, to within a rounding of the larger
-    entry, and to the bit for entries of a bf16 model that did not shrink by more than fp32 can tell.
+    k = round(density * parameters), or the number of entries that differ, where that is less. Tensors are read one pair
+    at a time, several times each, so that memory holds little more than the largest of them and the result. The base
+    plus the diff, in the base's dtype, is the fine-tuned model where all that differs is kept, to within a rounding of
+    the larger entry, and to the bit for entries of a bf16 model that did not shrink by more than fp32 can tell.
 
     Modules that are new, and a fresh task head even where the base has one, are saved whole (`modules_to_save`). A bare
     backbone and a task model around one are aligned; the adapter has the fine-tuned model's names, and loads into that
@@ -75,12 +75,13 @@ def extract_diff(
         value_dtype: of the values; "bfloat16", "float16" and "int8" make smaller files and less exact models.
         task_type: for the adapter's config, e.g. "SEQ_CLS".
         base_name: the base model's name in the adapter's config, by default that of `base`.
-        progress: called with the share of the readings that are done, before each; there are four of every pair of tensors.
+        progress: called with the share of the readings that are done, before each; there are four of every pair of
+            tensors.
 
     Raises:
-        ValueError: a directory that cannot be read; models that are not of one architecture; a parameter of the backbone
-            with another shape; differences that are NaN, infinite, or zero throughout; a density or an `exclude` that
-            leaves nothing.
+        ValueError: a directory that cannot be read; models that are not of one architecture; a parameter of the
+            backbone with another shape; differences that are NaN, infinite, or zero throughout; a density or an
+            `exclude` that leaves nothing.
     """
     check_density(density)
     check_dtype(value_dtype)

@@ -1,4 +1,4 @@
-"""A pruned adapter that is read together with the shapes of its base model, either on the Hub or in a directory."""
+"""A pruned adapter that is read together with the shapes of its base model, in directories or on the Hub."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class OpenedAdapter:
         return (self.directory / "adapter_model.safetensors").stat().st_size
 
     def differing_base(self) -> list[str]:
-        """Parameters of the base model that are not those that the diff was made from; a base on the Hub is not read."""
+        """Parameters of the base model that are not those that the diff was made from; none on the Hub is read."""
         if not Path(self.base).is_dir() or self.config.base_fingerprint is None:
             return []
         checkpoint = open_checkpoint(self.base)

@@ -52,7 +52,7 @@ def draw(diff: Diff, numel: Mapping[str, int], path: str | Path) -> None:
 
 
 def _cell_of(name: str) -> tuple[str, str]:
-    """Row and column of a parameter: its layer ("0", "1", ...), or its module outside the layers, and its name there."""
+    """Row and column of a parameter: its layer, or its module outside the layers, and its name there."""
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
     if match:
         return match.group(1), match.group(2)

@@ -83,8 +83,8 @@ def match_file(
     adapter_name: str,
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Give the layers of an adapter, and its config, the phase and the shapes of a file. A file that is refused leaves the
-    layers alone.
+    """Give the layers of an adapter, and its config, the phase and the shapes of a file. A file that is refused leaves
+    the layers alone.
 
     Args:
         layers: all layers that hold the adapter.
@@ -153,8 +153,8 @@ def check_modules(layers: Iterable[DiffPruningLayer], adapter_name: str, keys: I
     unknown = sorted({base_model_key(key).split(KEY_MARKER)[0] for key in keys if KEY_MARKER in key} - covered)
     if unknown:
         raise ValueError(
-            f"the tensors belong to {len(unknown)} modules that adapter {adapter_name!r} does not cover, {unknown[:3]}; "
-            "they are of another model or config"
+            f"the tensors belong to {len(unknown)} modules that adapter {adapter_name!r} does not cover, "
+            f"{unknown[:3]}; they are of another model or config"
         )
 
 
@@ -176,16 +176,16 @@ def check_complete(expected: Mapping[str, Tensor], adapter_name: str, tensors: M
     for key, tensor in given.items():
         if tensor.shape != expected[key].shape:
             raise ValueError(
-                f"{key} is {tuple(tensor.shape)} in the file and {tuple(expected[key].shape)} in the model; the file is "
-                "damaged or belongs to another model"
+                f"{key} is {tuple(tensor.shape)} in the file and {tuple(expected[key].shape)} in the model; the file "
+                "is damaged or belongs to another model"
             )
 
 
 class FirstPassCheck:
     """Compare an adapter with the checksums of its config in the next forward pass of the model, once.
 
-    PEFT's loading compares the file itself. transformers' `load_adapter` shows nobody the file, and casts heads to the dtype
-    of the model: of heads that it has rounded nothing can be said.
+    PEFT's loading compares the file itself. transformers' `load_adapter` shows nobody the file, and casts heads to the
+    dtype of the model: of heads that it has rounded nothing can be said.
 
     Args:
         config: the adapter's. Its `heads_checksum` and `diff_checksum` are None once they were compared.
@@ -215,8 +215,8 @@ class FirstPassCheck:
         as_loaded = bool(buffers) and not any(buffer.is_meta or not has_checksum(buffer) for buffer in buffers.values())
         if diff_checksum is not None and as_loaded and checksums_of(buffers).diff != diff_checksum:
             raise ValueError(
-                f"the diff of adapter {self.adapter_name!r} is not that of its config: it is damaged, or the two are of "
-                "different adapters; load it with PeftModel.from_pretrained, which says where"
+                f"the diff of adapter {self.adapter_name!r} is not that of its config: it is damaged, or the two are "
+                "of different adapters; load it with PeftModel.from_pretrained, which says where"
             )
 
     def _check_heads(self, model: nn.Module, expected: int) -> None:
@@ -241,9 +241,9 @@ class FirstPassCheck:
         ]
         if expected not in (checksums_of(tensors).heads for tensors in as_stored):
             raise ValueError(
-                f"the heads of adapter {self.adapter_name!r}, {sorted(heads)[:3]}, are not those of its file: the file is "
-                "damaged, or they were changed after loading; load it with PeftModel.from_pretrained, or before you change "
-                f"them set peft_config[{self.adapter_name!r}].heads_checksum = None"
+                f"the heads of adapter {self.adapter_name!r}, {sorted(heads)[:3]}, are not those of its file: the file "
+                "is damaged, or they were changed after loading; load it with PeftModel.from_pretrained, or before you "
+                f"change them set peft_config[{self.adapter_name!r}].heads_checksum = None"
             )
 
 

@@ -1,5 +1,5 @@
-"""Sharing adapters on the Hub, for which a local stand-in answers (tests/hub.py); what talks to it are processes of their
-own, because the tests run offline."""
+"""Sharing adapters on the Hub, for which a local stand-in answers (tests/hub.py); what talks to it are processes of
+their own, because the tests run offline."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Saving and loading: damage to a file is noticed, whoever loads it; every bit of values, positions and heads counts."""
+"""Saving and loading: damage to any bit of a file is noticed, whoever loads it."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""A finished diff in other formats: PEFT's Super-Tuning and SHiRA, COO, a merged checkpoint, patches for vLLM."""
+"""A sparse diff in other formats: PEFT's Super-Tuning and SHiRA, COO, a merged checkpoint, patches for vLLM."""
 
 from diffpeft.tools.export.checkpoint import WeightPatch, to_checkpoint, to_weight_patches
 from diffpeft.tools.export.coo import from_coo, to_coo

@@ -34,9 +34,9 @@ class WeightPatch(NamedTuple):
 def to_weight_patches(diff: Diff, directory: str | os.PathLike[str]) -> Iterator[WeightPatch]:
     """Yield the changed entries as patches for vLLM's sparse weight transfer: `SparseWeightPatch(*patch)`.
 
-    vLLM has no file for them: a trainer sends them to a running engine with the backend "sparse_nccl". Each names a tensor
-    as the checkpoint does, with int32 indices into all of it, flat and each once, and the values that replace the old
-    ones, so they are base + delta in the checkpoint's dtype; NaN is reserved
+    vLLM has no file for them: a trainer sends them to a running engine with the backend "sparse_nccl". Each names a
+    tensor as the checkpoint does, with int32 indices into all of it, flat and each once, and the values that replace
+    the old ones, so they are base + delta in the checkpoint's dtype; NaN is reserved
     (https://github.com/vllm-project/vllm/pull/53751, `vllm/distributed/weight_transfer/sparse_nccl_engine.py`; applied
     by https://github.com/vllm-project/vllm/pull/50723, `vllm/model_executor/model_loader/checkpoint_weight_patch.py`).
     Releases before these take names and positions of vLLM's own parameters and no `full_shape`.
@@ -46,17 +46,18 @@ def to_weight_patches(diff: Diff, directory: str | os.PathLike[str]) -> Iterator
         directory: of the base model that the engine has loaded, with safetensors.
 
     Yields:
-        Patches on the CPU, contiguous; indices and values of shape (k,). A tied tensor is patched under each of its names
-        in the files.
+        Patches on the CPU, contiguous; indices and values of shape (k,). A tied tensor is patched under each of its
+        names in the files.
 
     Raises:
-        ValueError: a diff that does not fit the checkpoint; a tensor of more than 2^31 elements; a sum that is not finite.
+        ValueError: a diff that does not fit the checkpoint; a tensor of more than 2^31 elements; a sum that is not
+            finite.
     """
-    places = locate(Path(directory))
-    check_diff(diff, {name: found[0].shape for name, found in places.items()})
+    tensors = locate(Path(directory))
+    check_diff(diff, {name: found[0].shape for name, found in tensors.items()})
     for name, (positions, values) in diff.items():
         positions, values = positions.cpu(), values.cpu()
-        for stored in places[name] if positions.numel() else []:
+        for stored in tensors[name] if positions.numel() else []:
             check_int32(stored.key, stored.shape.numel())
             flat = stored.load().reshape(-1)
             InplaceUpdate([Entry(flat, positions, values)]).apply()
@@ -120,17 +121,17 @@ def _check_heads(heads: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) 
 def _write_directory(
     directory: Path, diff: Diff, scratch: Path, heads: Mapping[str, Tensor], progress: Callable[[float], None]
 ) -> None:
-    places = locate(directory)
-    shapes = {name: found[0].shape for name, found in places.items()}
+    tensors = locate(directory)
+    shapes = {name: found[0].shape for name, found in tensors.items()}
     check_diff(diff, shapes)
     _check_heads(heads, shapes)
     # The contents alone: a cache's files may be links, and read-only.
     shutil.copytree(directory, scratch, ignore=shutil.ignore_patterns(*OTHER_WEIGHTS), copy_function=shutil.copyfile)
-    for file in {stored.file for found in places.values() for stored in found}:
+    for file in {stored.file for found in tensors.values() for stored in found}:
         shutil.copyfile(file, scratch / file.name)
     changed = {**diff, **heads}
     for done, name in enumerate(changed, start=1):
-        for stored in places[name]:
+        for stored in tensors[name]:
             tensor = stored.load()
             if name in diff:
                 positions, values = (one.cpu() for one in diff[name])

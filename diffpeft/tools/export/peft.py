@@ -71,8 +71,8 @@ def to_super_tuning(
         modules_to_save: these modules, as the config of the diff's adapter names them; required with `heads`.
 
     Raises:
-        ValueError: nonzeros elsewhere than in weights of `nn.Linear`, or in one that another module shares; no nonzeros;
-            a weight of more than 2^31 elements; a diff that does not fit the model.
+        ValueError: nonzeros elsewhere than in weights of `nn.Linear`, or in one that another module shares; no
+            nonzeros; a weight of more than 2^31 elements; a diff that does not fit the model.
     """
     from peft import SupertuningConfig
 
@@ -105,8 +105,8 @@ def to_super_tuning(
 def _held(diff: Diff, model: nn.Module, leave_out: bool) -> tuple[dict[str, int], dict[str, int]]:
     """Elements of each weight whose nonzeros Super-Tuning can hold, and nonzeros of each parameter that it cannot.
 
-    Raises ValueError for the latter unless they may be left out, where nothing can be held, and for a diff that does not
-    fit.
+    Raises ValueError for the latter unless they may be left out, where nothing can be held, and for a diff that does
+    not fit.
     """
     parameters, linear = _parameters(model)
     check_diff(diff, {name: parameter.shape for name, parameter in parameters.items()})
@@ -115,9 +115,9 @@ def _held(diff: Diff, model: nn.Module, leave_out: bool) -> tuple[dict[str, int]
     if left_out and not leave_out:
         examples = ", ".join(f"{count} in {name}" for name, count in list(left_out.items())[:3])
         raise ValueError(
-            f"Super-Tuning holds weights of nn.Linear only, but {sum(left_out.values())} of {sum(counts.values())} nonzeros "
-            f"are in {len(left_out)} other parameters ({examples}); leave them out with leave_out=True, or train with "
-            'target_modules="all-linear", which still includes the biases of these modules'
+            f"Super-Tuning holds weights of nn.Linear only, but {sum(left_out.values())} of {sum(counts.values())} "
+            f"nonzeros are in {len(left_out)} other parameters ({examples}); leave them out with leave_out=True, or "
+            'train with target_modules="all-linear", which still includes the biases of these modules'
         )
     sizes = {name: parameters[name].numel() for name in counts if name in linear}
     if not sizes:
@@ -189,7 +189,8 @@ def _imported(file: Path, tensors: dict[str, Tensor], kind: str, keys: tuple[str
             )
         if pair[0].shape[-1] != pair[1].numel():
             raise ValueError(
-                f"{file}: {module} has {pair[0].shape[-1]} indices and {pair[1].numel()} values; it is damaged, save it again"
+                f"{file}: {module} has {pair[0].shape[-1]} indices and {pair[1].numel()} values; it is damaged, save "
+                "it again"
             )
         yield f"{module}.weight", pair[0].long(), pair[1].float()
 
@@ -212,8 +213,8 @@ def from_super_tuning(directory: str | os.PathLike[str]) -> Imported:
     config, tensors = _read(directory, "SUPERTUNING")
     if config.get("r") is not None:
         raise ValueError(
-            f"{directory} has r={config['r']}: a LoRA changes every element of its weights, and a diff is sparse; merge the "
-            "adapter with PEFT and compare the result with the base model"
+            f"{directory} has r={config['r']}: a LoRA changes every element of its weights, and a diff is sparse; "
+            "merge the adapter with PEFT and compare the result with the base model"
         )
     remedy = "load it with PEFT on its base model and save it with save_precomputed_indices=True"
     keys = "supertuning_indices", "supertuning_values"
@@ -232,8 +233,8 @@ def from_shira(directory: str | os.PathLike[str], shapes: Mapping[str, torch.Siz
         shapes: of the base model's parameters by name, as of `diffpeft.files.checkpoint.parameter_shapes`.
 
     Raises:
-        ValueError: no indices; a weight that `shapes` lacks or that has fewer rows or columns; a file is missing, damaged
-            or of another method.
+        ValueError: no indices; a weight that `shapes` lacks or that has fewer rows or columns; a file is missing,
+            damaged or of another method.
     """
     directory = Path(directory)
     _, tensors = _read(directory, "SHIRA")
