@@ -195,7 +195,7 @@ class DiffPruningLayer(AdapterTensors):
     # Merging
 
     @property
-    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+    def merged_adapters(self) -> list[str]:
         """The adapters that are in the base parameters now, in the order in which they were merged."""
         return self._merges.names
 

@@ -69,7 +69,7 @@ def without_copy(layer: Layer, args: Any, kwargs: dict[str, Any]) -> tuple[bool,
 
 def _update_for_pass(layer: Layer) -> InplaceUpdate | None:
     """The diffs of a pass without gradients; None where entries of the parameters alone cannot hold them."""
-    own: dict[str, nn.Parameter] = layer._modules["base_layer"]._parameters  # type: ignore[union-attr,assignment]
+    own: dict[str, nn.Parameter] = layer._modules["base_layer"]._parameters
     if not layer.overwritable([parameter for parameter in own.values() if parameter is not None]):
         return None
     active = layer.active_adapters
@@ -161,7 +161,8 @@ def _small_effective(layer: Layer, adapter_name: str, name: str) -> Tensor | Non
         if small:
             made = small_parameters(list(small.values()), layer.configs[adapter_name].stretch)
             noise.small_effective.update(zip(small, made, strict=True))
-    return noise.small_effective.get((layer.key, adapter_name, name))
+    effective: Tensor | None = noise.small_effective.get((layer.key, adapter_name, name))
+    return effective
 
 
 def _small_parameters(

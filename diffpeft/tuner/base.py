@@ -117,9 +117,9 @@ class DiffPruningTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if not isinstance(target, DiffPruningLayer):
-            target = self._injection.wrap(target, current_key, parent, target_name)
-        target.update_layer(adapter_name, peft_config)
+        wrapped = isinstance(target, DiffPruningLayer)
+        layer: Any = target if wrapped else self._injection.wrap(target, current_key, parent, target_name)
+        layer.update_layer(adapter_name, peft_config)
 
     def inject_adapter(
         self,
@@ -237,7 +237,8 @@ class DiffPruningTuner(BaseTuner):
         if merge and adapter_names is not None:
             switching.choose_heads(self.model, adapter_names)
         switching.unwrap(self.model, progressbar)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        unloaded: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return unloaded
 
     def _check_merge_allowed(self) -> None:
         """Allow tied weights, which have one diff here (PEFT's hook); layers refuse what cannot be merged."""

@@ -92,7 +92,8 @@ def _check(tuner: BaseTuner, adapter_name: str, density: float, layers: list[Dif
         count = sum(sum((layer.nnz(adapter_name) or {}).values()) for layer in layers)
         raise ValueError(f"adapter {adapter_name!r} is pruned already, to {count} nonzeros; it cannot be pruned twice")
     check_density(density)
-    total, adapted = tuner.num_base_parameters(), sum(s.numel() for layer in layers for s in layer.shapes.values())
+    total: int = tuner.num_base_parameters()
+    adapted = sum(s.numel() for layer in layers for s in layer.shapes.values())
     k = round(density * total)
     if not 1 <= k <= adapted:
         raise ValueError(
