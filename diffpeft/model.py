@@ -25,16 +25,16 @@ class DiffPruningModel(DiffPruningTuner):
     """Diff Pruning (arXiv 2012.07463) on a base model; what `peft_model.base_model` is.
 
     An adapter is in one of two phases. In "gating" every adapted parameter has a dense diff w and hard-concrete gates;
-    [`gate_step`] moves the gates. [`magnitude_prune`] leads to "fixmask", in which only the values at the kept positions
-    exist and train. Methods take the adapter's name, by default the active adapter's.
+    [`gate_step`] moves the gates. [`magnitude_prune`] leads to "fixmask", in which only the values at the kept
+    positions exist and train. Methods take the adapter's name, by default the active adapter's.
     """
 
     @classmethod
     def of(cls, model: nn.Module | None) -> DiffPruningModel | None:
         """The tuner of a model; None where there is no diff-pruning adapter.
 
-        Where transformers' `model.add_adapter` or PEFT's `inject_adapter_in_model` put the adapters in, it is a view of the
-        model that has the tuner's methods.
+        Where transformers' `model.add_adapter` or PEFT's `inject_adapter_in_model` put the adapters in, it is a view of
+        the model that has the tuner's methods.
         """
         if isinstance(model, PeftModel):
             return model.base_model if isinstance(model.base_model, cls) else None
@@ -61,8 +61,8 @@ class DiffPruningModel(DiffPruningTuner):
 
         Call it once an update, after backward and gradient clipping and before `optimizer.step()`, which then has
         nothing to do for the gates. [`DiffPruningCallback`] does. An update whose gradients are not finite is skipped,
-        as a gradient scaler skips its own. With `low_memory=True` the gradients are in the gates' moments by then, except
-        what was not finite.
+        as a gradient scaler skips its own. With `low_memory=True` the gradients are in the gates' moments by then,
+        except what was not finite.
 
         Args:
             step: updates done so far, from 0.
@@ -123,7 +123,7 @@ class DiffPruningModel(DiffPruningTuner):
         adapter_name: str | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> pruning.PruningSummary:
-        """Go from gating to fixmask: keep the largest |delta| over all tensors together (arXiv 2012.07463, section 3.1).
+        """Go from gating to fixmask: keep the largest |delta| over all tensors together (arXiv 2012.07463, 3.1).
 
         Exactly round(density * base parameters) entries are kept; where gates left fewer than that open, the entries
         most likely to be open fill up the rest, starting from zero.
@@ -241,8 +241,8 @@ class DiffPruningModel(DiffPruningTuner):
     def cast_values(self, dtype: str, adapter_name: str | None = None) -> None:
         """Round a pruned diff's values, for a file of fewer bytes.
 
-        "bfloat16" or "float16" take half of "float32", "int8" a quarter. In memory values stay fp32. Once they train on they
-        are saved in fp32 again.
+        "bfloat16" or "float16" take half of "float32", "int8" a quarter. In memory values stay fp32. Once they train on
+        they are saved in fp32 again.
 
         Raises:
             ValueError: in gating, for another dtype, and where values would become infinite.
@@ -278,16 +278,13 @@ class DiffPruningModel(DiffPruningTuner):
             ValueError: a name that exists or does not; an adapter in gating; several heads without `heads_from`; what
                 `combine` refuses.
         """
-        source = combining.check_combinable(self, adapters, adapter_name, heads_from)
-        modules = {layer.module_key for name in adapters for layer in self.layers_of(name)}
-        combining.add_combination(
+        combining.add_weighted_adapter(
             self,
-            [self.get_diff(name) for name in adapters],
+            adapters,
             weights,
             adapter_name,
-            source,
-            targets=combining.common_targets([self.peft_config[name] for name in adapters], modules),
             target_density=target_density,
+            heads_from=heads_from,
             combination_type=combination_type,
             density=density,
             majority_sign_method=majority_sign_method,

@@ -127,7 +127,7 @@ class DiffPruningLayer(AdapterTensors):
         return cast(Tensor, self.read("bias"))
 
     def __getattr__(self, name: str) -> Any:
-        """The wrapped module's attribute where the wrapper has none; parameters are read as the adapters change them."""
+        """The wrapped module's attribute where the wrapper has none; parameters as the adapters change them."""
         modules = self.__dict__.get("_modules", ())
         if name in modules:  # nearly always, and in a fraction of the time
             return modules[name]
@@ -223,7 +223,7 @@ class DiffPruningLayer(AdapterTensors):
         """The entries that the adapter adds to the module's parameters, by parameter name.
 
         Raises:
-            IndexError: a parameter is smaller than it was when the adapter was attached, and the diff reaches beyond it.
+            IndexError: the diff reaches beyond a parameter that was larger when the adapter was attached.
         """
         own = self._own()
         if self.is_gating(adapter_name):
@@ -233,8 +233,8 @@ class DiffPruningLayer(AdapterTensors):
             numel, positions = own[name].numel(), diff.positions
             if numel < self.shapes[name].numel() and int(positions[-1]) >= numel:
                 raise IndexError(
-                    f"the diff of {self.parameter_key(name)} reaches beyond its {numel} elements: it was larger when the "
-                    "adapter was attached; load the adapter onto the model as it is now"
+                    f"the diff of {self.parameter_key(name)} reaches beyond its {numel} elements: it was larger when "
+                    "the adapter was attached; load the adapter onto the model as it is now"
                 )
             entries[name] = Entry(own[name], positions, diff.parameter)
         return entries
@@ -247,7 +247,7 @@ class DiffPruningLayer(AdapterTensors):
 class RootParameters(DiffPruningLayer):
     """The parameters that the model itself owns, such as CLIP's logit scale.
 
-    Nothing can wrap the model, so this is a child of it that puts the effective parameters in their place while it runs.
+    Nothing can wrap the model, so this is a child of it that puts effective parameters in their place while it runs.
 
     Args:
         model: the base model.

@@ -47,8 +47,8 @@ class MergeStack:
             broken = [name for name, entry in entries.items() if check_finite and not is_finite(entry)]
             if broken:
                 raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: merging it would make "
-                    f"{', '.join(broken)} NaN or infinite"
+                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: merging it "
+                    f"would make {', '.join(broken)} NaN or infinite"
                 )
         except BaseException:
             self.pop({name: entry.tensor for name, entry in entries.items()})
@@ -77,6 +77,6 @@ def check_mergeable(layer: Any, adapter_name: str) -> None:
             )
     if layer.quantized and "weight" in (layer.nnz(adapter_name) or {}):
         raise ValueError(
-            f"{layer.key} is quantised: merging adapter {adapter_name!r} would round its weight again and lose both; use "
-            "it unmerged, or merge into the model loaded unquantised"
+            f"{layer.key} is quantised: merging adapter {adapter_name!r} would round its weight again and lose both; "
+            "use it unmerged, or merge into the model loaded unquantised"
         )

@@ -1,4 +1,4 @@
-"""The ways to run a wrapped module with its diffs: with sampled gates, without a copy of the weight, on a quantised weight."""
+"""The ways to run a wrapped module: without a copy of the weight, with sampled gates, on a quantised weight."""
 
 from __future__ import annotations
 
@@ -195,8 +195,8 @@ def check_loaded(layer: Layer) -> None:
         for name, w in tensors.items():
             if bool(w.isnan().any()):
                 raise ValueError(
-                    f"{layer.parameter_key(name)}, adapter {adapter_name!r}: w was never loaded or is damaged; load the "
-                    "adapter again, with PeftModel.from_pretrained"
+                    f"{layer.parameter_key(name)}, adapter {adapter_name!r}: w was never loaded or is damaged; load "
+                    "the adapter again, with PeftModel.from_pretrained"
                 )
 
 

@@ -90,7 +90,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Make adapters the active ones (PEFT's hook); while adapters are off, they train once these are on again.
 
-        Parameters are looked up directly, because PEFT's way takes most of the time of a switch between merged adapters.
+        Parameters are looked up directly: PEFT's way takes most of the time of a switch between merged adapters.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if self.disable_adapters or self.frozen_peft_weight_names:
@@ -129,7 +129,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         self._forget(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move the adapter's tensors beside the base parameters (PEFT's hook after loading); gates keep their dtypes."""
+        """Move the adapter's tensors beside the base parameters (PEFT's hook after loading), in their dtypes."""
         target = device_of(self.base_layer) if device is None else device
         for attribute in self.all_names() if target.type != "meta" else ():
             if not any(tensor.is_meta for tensor in self.held(attribute, adapter_name).values()):
@@ -140,7 +140,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         """Move or cast the wrapped module; the adapter moves along but keeps its dtypes.
 
-        bf16 gates would lose updates: near log_alpha = 5 half an ulp is 0.016. (Those in fp16 are rounded stochastically.)
+        bf16 gates would lose updates: near log_alpha = 5 half an ulp is 0.016. Those in fp16 are rounded stochastically.
         """
         for name, child in self.named_children():
             child._apply(fn if name == "base_layer" else keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
@@ -161,8 +161,8 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         """Give the adapter w and gates at their initial values, in place of what it had."""
         if self.quantized:
             raise ValueError(
-                f"{self.key} is quantised, where gates cannot be learned; train and prune the adapter on the model as it "
-                "was, then load it here, or leave the module out with exclude_modules"
+                f"{self.key} is quantised, where gates cannot be learned; train and prune the adapter on the model as "
+                "it was, then load it here, or leave the module out with exclude_modules"
             )
         config = self.configs[adapter_name]
         # Some loaders leave what is offloaded as it was: zeros must not pass for a diff that was loaded.
@@ -213,7 +213,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 self.sparse(adapter_name, name).note(packed, positions.clone())
 
     def _set_tensors(self, adapter_name: str, made: dict[str, nn.Module]) -> None:
-        """Give the adapter these tensors, by attribute, which train if it is active and was not loaded for inference."""
+        """Give the adapter these tensors, by attribute; they train if it is active and not loaded for inference."""
         for attribute in self.all_names():
             container: Any = getattr(self, attribute)
             if adapter_name in container:

@@ -42,7 +42,7 @@ class DiffPruningTuner(BaseTuner):
         return [layer for layer in self.all_layers() if layer.has_adapter(adapter_name)]
 
     def resolve(self, adapter_name: str | None) -> str:
-        """The adapter's name, by default that of the active one. Raises ValueError where there is none or are several."""
+        """The adapter's name, by default that of the active one. Raises ValueError unless there is one."""
         if adapter_name is None:
             if len(self.active_adapters) != 1:
                 raise ValueError(f"active adapters are {self.active_adapters}; say which one you mean by adapter_name=")
@@ -134,7 +134,7 @@ class DiffPruningTuner(BaseTuner):
         Raises:
             ValueError: a parameter out of reach; a pruned adapter with nonzeros where the model has no parameter.
         """
-        # The caller's object may begin other adapters and other models, of which it must not say what is said of this one.
+        # A copy: the caller's object may begin other adapters, and must not take on what is noted of this one.
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         before = self.all_layers()
         self._injection = injection.Injection(model, before)

@@ -12,62 +12,30 @@ from peft.utils.other import ModulesToSaveWrapper
 
 from diffpeft.config import GATING, DiffPruningConfig, check_density
 from diffpeft.sparse.combine import combine
-from diffpeft.sparse.diff import Diff
-
-
-def check_combinable(tuner: BaseTuner, adapters: Sequence[str], adapter_name: str, heads_from: str | None) -> str:
-    """The adapter whose config and heads a combination takes over.
-
-    Raises:
-        ValueError: a name that exists or does not; an adapter in gating; several heads without `heads_from`.
-    """
-    if adapter_name in tuner.peft_config:
-        raise ValueError(f"there is an adapter {adapter_name!r} already; choose another name or delete it first")
-    for name in adapters:
-        if tuner.phase(name) == GATING:
-            raise ValueError(f"adapter {name!r} is in gating; call magnitude_prune(adapter_name={name!r}) first")
-    heads = [module for module in tuner.model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    owners = [name for name in dict.fromkeys(adapters) if any(name in head.modules_to_save for head in heads)]
-    if heads_from is None and len(owners) > 1:
-        raise ValueError(f"{owners} have a head each, which cannot be summed; say whose to take with heads_from=")
-    if heads_from is not None and heads_from not in owners:
-        raise ValueError(f"heads_from={heads_from!r} has no head; use one of {owners}, or None")
-    return heads_from or (owners[0] if owners else adapters[0])
 
 
 @torch.no_grad()
-def add_combination(
+def add_weighted_adapter(
     tuner: BaseTuner,
-    diffs: Sequence[Diff],
+    adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
-    source: str,
     *,
-    targets: dict[str, Any],
     target_density: float | None,
+    heads_from: str | None,
     **how: Any,
 ) -> None:
-    """Add an adapter that combines diffs, frozen and not active; see `DiffPruningModel.add_weighted_adapter`.
-
-    Args:
-        tuner: the tuner.
-        diffs: of the adapters.
-        weights: one a diff.
-        adapter_name: the new adapter's name.
-        source: the adapter whose config and heads it takes over.
-        targets: fields of the config that say where the diffs are, from [`common_targets`].
-        target_density: nonzeros at most, as a share of the base parameters; None keeps all.
-        how: further arguments of [`diffpeft.sparse.combine.combine`].
-    """
-    total = tuner.num_base_parameters()
+    """Add an adapter that combines others; see `DiffPruningModel.add_weighted_adapter`. `how` goes to `combine`."""
+    source, total = _source(tuner, adapters, adapter_name, heads_from), tuner.num_base_parameters()
     if target_density is not None:
         check_density(target_density)
     budget = None if target_density is None else max(1, round(target_density * total))
-    diff = combine(diffs, weights, max_nonzeros=budget, **how)
+    diff = combine([tuner.get_diff(name) for name in adapters], weights, max_nonzeros=budget, **how)
     nnz = {key: positions.numel() for key, (positions, _) in diff.items()}
+    modules = [layer.module_key for name in adapters for layer in tuner.layers_of(name)]
     tuner.peft_config[adapter_name] = replace(
         tuner.peft_config[source],
-        **targets,
+        **common_targets([tuner.peft_config[name] for name in adapters], modules),
         nnz_pattern=nnz,
         value_dtype="float32",
         target_density=max(sum(nnz.values()), 1) / total,
@@ -81,6 +49,22 @@ def add_combination(
         if isinstance(head, ModulesToSaveWrapper) and source in head.modules_to_save:
             head.modules_to_save[adapter_name].load_state_dict(head.modules_to_save[source].state_dict())
     tuner.set_requires_grad(adapter_name, requires_grad=False)
+
+
+def _source(tuner: BaseTuner, adapters: Sequence[str], adapter_name: str, heads_from: str | None) -> str:
+    """The adapter whose config and heads a combination takes over. Raises ValueError for what cannot be combined."""
+    if adapter_name in tuner.peft_config:
+        raise ValueError(f"there is an adapter {adapter_name!r} already; choose another name or delete it first")
+    for name in adapters:
+        if tuner.phase(name) == GATING:
+            raise ValueError(f"adapter {name!r} is in gating; call magnitude_prune(adapter_name={name!r}) first")
+    heads = [module for module in tuner.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    owners = [name for name in dict.fromkeys(adapters) if any(name in head.modules_to_save for head in heads)]
+    if heads_from is None and len(owners) > 1:
+        raise ValueError(f"{owners} have a head each, which cannot be summed; say whose to take with heads_from=")
+    if heads_from is not None and heads_from not in owners:
+        raise ValueError(f"heads_from={heads_from!r} has no head; use one of {owners}, or None")
+    return heads_from or (owners[0] if owners else adapters[0])
 
 
 def common_targets(configs: Sequence[DiffPruningConfig], modules: Iterable[str]) -> dict[str, Any]:

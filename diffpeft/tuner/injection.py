@@ -206,7 +206,7 @@ def known_parameters(layers: Sequence[DiffPruningLayer]) -> dict[str, nn.Paramet
 
 
 def check_base(layers: Sequence[DiffPruningLayer], adapter_name: str, config: DiffPruningConfig) -> None:
-    """Note the base model's fingerprint in the config, or warn if the base is not the one that the diff was made from."""
+    """Note the base model's fingerprint in the config, or warn if the diff was made from another base."""
     parameters = known_parameters(layers)
     if config.base_fingerprint is None:
         config.base_fingerprint = fingerprint.take(parameters)
@@ -215,8 +215,8 @@ def check_base(layers: Sequence[DiffPruningLayer], adapter_name: str, config: Di
     if other:
         warnings.warn(
             f"adapter {adapter_name!r} was made from other base weights: {len(other)} of {len(parameters)} parameters "
-            f"differ, {other[:3]}; its diff means little here. Load {config.base_model_name_or_path or 'its base'} as it "
-            "was",
+            f"differ, {other[:3]}; its diff means little here. Load {config.base_model_name_or_path or 'its base'} as "
+            "it was",
             stacklevel=2,
         )
 

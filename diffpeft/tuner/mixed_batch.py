@@ -1,4 +1,4 @@
-"""Batches whose rows belong to different adapters (`adapter_names=`): the model runs once for each adapter, on its rows.
+"""Batches whose rows belong to different adapters (`adapter_names=`): the model runs once for each, on its rows.
 
 What a row gets is, to the bit, what it gets in a batch of that adapter's rows alone.
 """
@@ -91,8 +91,7 @@ class MixedBatch:
         configs = [kwargs.get("generation_config"), getattr(getattr(own, "__self__", None), "generation_config", None)]
         sources = [kwargs, *(config.__dict__ for config in configs if config is not None)]
         told = [source.get(name) for name in ("pad_token_id", "eos_token_id") for source in sources]
-        padding = next((value for value in told if value is not None), 0)
-        padding = int(torch.as_tensor(padding).reshape(-1)[0])
+        padding = int(torch.as_tensor(next((value for value in told if value is not None), 0)).reshape(-1)[0])
         if isinstance(outputs[0], Tensor):
             return self._join_steps([(output,) for output in outputs], padding)[0]
         return self._join_generated(outputs, padding)
@@ -113,7 +112,7 @@ class MixedBatch:
         return type(outputs[0])(**joined)
 
     def _join_steps(self, parts: list[tuple[Tensor, ...]], padding: int) -> tuple[Tensor, ...]:
-        """Tensors of as many steps as the longest part has; shorter ones are filled with `padding`, as are their rows."""
+        """Tensors of as many steps as the longest part has; shorter parts and rows are filled with `padding`."""
         steps = []
         for step in range(max(map(len, parts))):
             example = next(part[step] for part in parts if len(part) > step)
@@ -179,35 +178,30 @@ class MixedBatch:
             if not all(type(part) is type(first) and part == first for part in parts):
                 raise NotImplementedError(f"outputs of type {type(first).__name__} cannot be joined; {ONE_BATCH_EACH}")
             return first
-        times = [len(part) // len(rows) if part.ndim else 0 for part, rows in zip(parts, groups, strict=True)]
-        same = all(
-            part.shape[1:] == first.shape[1:] and time == times[0] for part, time in zip(parts, times, strict=True)
-        )
-        whole = all(
-            time and len(part) == time * len(rows) for part, rows, time in zip(parts, groups, times, strict=True)
-        )
-        if not (same and whole):
+        times = len(first) // len(groups[0]) if first.ndim else 0
+        shapes = [(times * len(rows), *first.shape[1:]) for rows in groups]
+        if not times or [tuple(part.shape) for part in parts] != shapes:
             raise NotImplementedError(
-                f"an output of shape {tuple(first.shape)} is not made of rows, as a loss or similarities between rows are "
-                f"not: leave labels out and compute a loss from the logits, or {ONE_BATCH_EACH}"
+                f"an output of shape {tuple(first.shape)} is not made of rows, as a loss or similarities between rows "
+                f"are not: leave labels out and compute a loss from the logits, or {ONE_BATCH_EACH}"
             )
-        joined = first.new_empty((len(self._names), times[0], *first.shape[1:]))
+        joined = first.new_empty((len(self._names), times, *first.shape[1:]))
         for part, rows in zip(parts, groups, strict=True):
-            joined[torch.tensor(rows, device=first.device)] = part.view(len(rows), times[0], *first.shape[1:])
+            joined[torch.tensor(rows, device=first.device)] = part.view(len(rows), times, *first.shape[1:])
         return joined.flatten(0, 1)
 
     def _check_against_one_more_row(
         self, own: Callable[..., Any], args: Any, kwargs: dict[str, Any], outputs: list[Any]
     ) -> None:
-        """Raise NotImplementedError where a row more makes another dimension grow than the first: rows meet each other."""
+        """Raise NotImplementedError where another dimension than the first grows with a row more: rows meet each other."""
         name, rows = next(iter(self._groups().items()))
         with self._activate(name):
             larger = tree_flatten(self._within(own, *self._take((args, kwargs), [*rows, rows[0]])))[0]
         for output, other in zip(outputs, larger, strict=True):
             if isinstance(output, Tensor) and output.shape[1:] != other.shape[1:]:
                 raise NotImplementedError(
-                    f"an output of shape {tuple(output.shape)} compares rows with each other, which adapters cannot share; "
-                    f"{ONE_BATCH_EACH}"
+                    f"an output of shape {tuple(output.shape)} compares rows with each other, which adapters cannot "
+                    f"share; {ONE_BATCH_EACH}"
                 )
 
 
@@ -224,7 +218,8 @@ def _check_no_cache(args: Any, kwargs: dict[str, Any]) -> None:
     for name, value in (*enumerate(args), *kwargs.items()):
         if isinstance(value, Cache) or (name in ("past_key_values", "streamer") and value is not None):
             raise NotImplementedError(
-                f"{type(value).__name__} cannot be shared by rows of several adapters: leave it out, or {ONE_BATCH_EACH}"
+                f"{type(value).__name__} cannot be shared by rows of several adapters: leave it out, or "
+                f"{ONE_BATCH_EACH}"
             )
 
 
@@ -240,8 +235,8 @@ def check_names(names: Sequence[str], adapters: Collection[str], training: bool,
         )
     if training:
         raise ValueError(
-            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first; one adapter trains "
-            "at a time"
+            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first; one adapter "
+            "trains at a time"
         )
     for layer in layers:
         if layer.merged:
