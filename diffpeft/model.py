@@ -182,7 +182,7 @@ class DiffPruningModel(DiffPruningTuner):
         if self.phase(name) == FIXMASK:
             return self._count(name)
         layers = self.layers_of(name)
-        return sum(int(layer.dense_delta(name, p).count_nonzero()) for layer in layers for p in layer.shapes)
+        return sum(int(layer.delta(name, p).count_nonzero()) for layer in layers for p in layer.shapes)
 
     def adapted_parameters(self, adapter_name: str | None = None) -> dict[str, int]:
         """Number of elements of every parameter that the adapter covers, by its name in the base model."""
@@ -220,7 +220,7 @@ class DiffPruningModel(DiffPruningTuner):
         diff = {}
         for layer in self.layers_of(name):
             for parameter in layer.shapes if layer.is_gating(name) else ():
-                delta = layer.dense_delta(name, parameter).reshape(-1)
+                delta = layer.delta(name, parameter).reshape(-1)
                 positions = torch.nonzero(delta).squeeze(1)
                 if positions.numel():
                     diff[layer.parameter_key(parameter)] = positions, delta[positions]

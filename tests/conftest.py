@@ -49,7 +49,7 @@ def tiny_bert() -> Callable[..., BertForSequenceClassification]:
 
 
 @pytest.fixture
-def lean_tiny_bert(tiny_bert, monkeypatch: pytest.MonkeyPatch) -> Callable[..., BertForSequenceClassification]:
+def low_memory_tiny_bert(tiny_bert, monkeypatch: pytest.MonkeyPatch) -> Callable[..., BertForSequenceClassification]:
     """`tiny_bert`, whose matrices are large enough for the low-memory mode."""
     monkeypatch.setattr(factored, "MIN_LARGE_ELEMENTS", 1001)
     return tiny_bert

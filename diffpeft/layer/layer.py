@@ -227,7 +227,7 @@ class DiffPruningLayer(AdapterTensors):
         """
         own = self._own()
         if self.is_gating(adapter_name):
-            return {name: Entry(own[name], None, self.dense_delta(adapter_name, name)) for name in self.shapes}
+            return {name: Entry(own[name], None, self.delta(adapter_name, name)) for name in self.shapes}
         entries = {}
         for name, diff in self.sparse_diffs(adapter_name).items():
             numel, positions = own[name].numel(), diff.positions

@@ -140,7 +140,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         """Move or cast the wrapped module; the adapter moves along but keeps its dtypes.
 
-        bf16 gates would lose updates: near log_alpha = 5 half an ulp is 0.016. Those in fp16 are rounded stochastically.
+        bf16 gates would lose updates: near log_alpha = 5 half an ulp is 0.016. fp16 ones are rounded stochastically.
         """
         for name, child in self.named_children():
             child._apply(fn if name == "base_layer" else keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
@@ -294,6 +294,6 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         assert w is not None
         return w, log_alpha, group_log_alpha
 
-    def dense_delta(self, adapter_name: str, name: str) -> Tensor:
+    def delta(self, adapter_name: str, name: str) -> Tensor:
         """z w with deterministic gates, fp32, shape of the parameter; gating only, without gradient."""
         return gates.delta(*self.gates_of_parameter(adapter_name, name), self.configs[adapter_name].stretch)

@@ -20,7 +20,7 @@ from diffpeft.layer.find import layers_in, outer_modules
 from diffpeft.layer.layer import DiffPruningLayer, RootParameters
 from diffpeft.layer.output import OutputLayer
 from diffpeft.layer.wrapped import is_quantized, own_shapes
-from diffpeft.tuner import injection, mixed_batch, saving, switching
+from diffpeft.tuner import injection, saving, switching
 
 
 class DiffPruningTuner(BaseTuner):
@@ -117,8 +117,8 @@ class DiffPruningTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        wrapped = isinstance(target, DiffPruningLayer)
-        layer: Any = target if wrapped else self._injection.wrap(target, current_key, parent, target_name)
+        layer = target if isinstance(target, DiffPruningLayer) else None
+        layer = layer or self._injection.wrap(target, current_key, parent, target_name)
         layer.update_layer(adapter_name, peft_config)
 
     def inject_adapter(
@@ -275,10 +275,7 @@ class DiffPruningTuner(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """Run a mixed batch (PEFT's hook around forward and generate): `adapter_names` has a name for each row."""
         names = kwargs.get("adapter_names")
-        if names is None:
-            return nullcontext()
-        mixed_batch.check_names(names, self.peft_config.keys(), self.training, self.all_layers())
-        return switching.mixed(self.model, names)
+        return nullcontext() if names is None else switching.mixed(self, names)
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The model's output layer, as a plain module with the effective weight."""
@@ -295,7 +292,9 @@ class DiffPruningTuner(BaseTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """The gates' moments, by name in the PeftModel. They follow from gradients that are equal on all ranks;
-        DistributedDataParallel, which reads this name, would send them around in every forward."""
+        """The gates' moments, by name in the PeftModel, which DistributedDataParallel need not send around.
+
+        They follow from gradients that are equal on all ranks.
+        """
         names = [name for name, _ in self.named_buffers()]
         return [f"base_model.{name}" for name in names if any(f".{part}." in name for part in GATING_BUFFERS)]

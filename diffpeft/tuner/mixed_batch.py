@@ -193,7 +193,7 @@ class MixedBatch:
     def _check_against_one_more_row(
         self, own: Callable[..., Any], args: Any, kwargs: dict[str, Any], outputs: list[Any]
     ) -> None:
-        """Raise NotImplementedError where another dimension than the first grows with a row more: rows meet each other."""
+        """Raise NotImplementedError where a row more changes other dimensions than the first: rows meet each other."""
         name, rows = next(iter(self._groups().items()))
         with self._activate(name):
             larger = tree_flatten(self._within(own, *self._take((args, kwargs), [*rows, rows[0]])))[0]

@@ -25,7 +25,7 @@ def check_replaceable(optimizer: torch.optim.Optimizer, old: set[nn.Parameter]) 
 def replace_parameters(optimizer: torch.optim.Optimizer, replacement: Replacement) -> None:
     """Put new parameters where old ones stood in the optimizer's groups, in the same order, with fresh state.
 
-    Groups and order equal those of an optimizer made anew for the changed model, so that a checkpoint's optimizer state
+    Groups and order equal those of an optimizer made for the changed model, so that a checkpoint's optimizer state
     fits when training resumes from it.
     """
     for group in optimizer.param_groups:

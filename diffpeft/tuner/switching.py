@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from peft.tuners.tuners_utils import onload_layer
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_adapter
 from torch import nn
 from tqdm.auto import tqdm
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from diffpeft.layer.find import outer_modules
 from diffpeft.layer.layer import DiffPruningLayer, RootParameters
 from diffpeft.layer.wrapped import is_offloaded
-from diffpeft.tuner.mixed_batch import BASE, MixedBatch
+from diffpeft.tuner.mixed_batch import BASE, MixedBatch, check_names
 
 
 def onloaded(layer: DiffPruningLayer) -> AbstractContextManager[Any]:
@@ -57,10 +57,11 @@ def only_active(model: nn.Module, adapter_name: str) -> Iterator[None]:
 
 
 @contextmanager
-def mixed(model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
-    """Within the block the model takes a batch whose rows belong to the named adapters."""
-    activate = partial(only_active, model)
-    with activate(BASE), MixedBatch(adapter_names, activate).running(model):
+def mixed(tuner: BaseTuner, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Within the block the tuner's model takes a batch whose rows belong to the named adapters."""
+    check_names(adapter_names, tuner.peft_config.keys(), tuner.training, tuner.all_layers())
+    activate = partial(only_active, tuner.model)
+    with activate(BASE), MixedBatch(adapter_names, activate).running(tuner.model):
         yield
 
 

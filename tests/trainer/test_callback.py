@@ -343,7 +343,7 @@ def test_a_run_that_is_stopped_in_gating_ends_within_the_budget(tiny_bert, tmp_p
 # Low memory
 
 
-def test_the_low_memory_mode_reaches_the_density_and_makes_no_state_for_large_diffs(lean_tiny_bert, tmp_path):
+def test_the_low_memory_mode_reaches_the_density_and_makes_no_state_for_large_diffs(low_memory_tiny_bert, tmp_path):
     seen, states = [], []
 
     class BeforePruning(TrainerCallback):
@@ -358,7 +358,7 @@ def test_the_low_memory_mode_reaches_the_density_and_makes_no_state_for_large_di
         seen.clear()
         callback = DiffPruningCallback(gating_steps=steps)
         settings = {"max_steps": steps + 4, "config": {"low_memory": True}}
-        trainer = make_trainer(lean_tiny_bert, tmp_path, callback, [BeforePruning()], **settings)
+        trainer = make_trainer(low_memory_tiny_bert, tmp_path, callback, [BeforePruning()], **settings)
         trainer.train()
         assert seen[steps - 1] == pytest.approx(0.02, rel=0.1)
         assert trainer.model.base_model.phase() == "fixmask"
@@ -368,7 +368,7 @@ def test_the_low_memory_mode_reaches_the_density_and_makes_no_state_for_large_di
 
 
 def test_the_low_memory_mode_updates_at_the_rate_of_the_optimizer_as_the_step_begins(
-    lean_tiny_bert, tmp_path, monkeypatch
+    low_memory_tiny_bert, tmp_path, monkeypatch
 ):
     used, wanted = [], []
     step = DiffMoments.step
@@ -385,7 +385,7 @@ def test_the_low_memory_mode_updates_at_the_rate_of_the_optimizer_as_the_step_be
     monkeypatch.setattr(DiffMoments, "step", note)
     callback = DiffPruningCallback(gating_steps=12, fixmask_learning_rate=0.02)
     settings = {"max_steps": 13, "weight_decay": 0.01, "gradient_accumulation_steps": 2, "config": {"low_memory": True}}
-    trainer = make_trainer(lean_tiny_bert, tmp_path, callback, [Note()], **settings)
+    trainer = make_trainer(low_memory_tiny_bert, tmp_path, callback, [Note()], **settings)
     trainer.train()
     each = len(used) // 12
     assert each == 15
@@ -396,8 +396,8 @@ def test_the_low_memory_mode_updates_at_the_rate_of_the_optimizer_as_the_step_be
     assert wanted[11] > 3 * wanted[0] / 12
 
 
-def test_the_low_memory_mode_says_what_a_gradient_that_is_not_finite_has_left(lean_tiny_bert, tmp_path):
-    trainer = make_trainer(lean_tiny_bert, tmp_path, config={"low_memory": True})
+def test_the_low_memory_mode_says_what_a_gradient_that_is_not_finite_has_left(low_memory_tiny_bert, tmp_path):
+    trainer = make_trainer(low_memory_tiny_bert, tmp_path, config={"low_memory": True})
     w = next(p for name, p in trainer.model.named_parameters() if "query.diffpruning_w.default.weight" in name)
     w.register_hook(lambda grad: grad * math.nan)
     with pytest.raises(
@@ -407,21 +407,21 @@ def test_the_low_memory_mode_says_what_a_gradient_that_is_not_finite_has_left(le
     assert not w.any()
 
 
-def test_a_run_of_the_low_memory_mode_that_is_stopped_is_pruned(lean_tiny_bert, tmp_path):
+def test_a_run_of_the_low_memory_mode_that_is_stopped_is_pruned(low_memory_tiny_bert, tmp_path):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = True
 
-    trainer = make_trainer(lean_tiny_bert, tmp_path, extra=[Stop()], config={"low_memory": True})
+    trainer = make_trainer(low_memory_tiny_bert, tmp_path, extra=[Stop()], config={"low_memory": True})
     with pytest.warns(UserWarning, match="stopped at step 1, in gating"):
         trainer.train()
     assert trainer.model.base_model.phase() == "fixmask"
 
 
-def test_what_the_low_memory_mode_cannot_train_with_is_refused(lean_tiny_bert, tmp_path, monkeypatch):
+def test_what_the_low_memory_mode_cannot_train_with_is_refused(low_memory_tiny_bert, tmp_path, monkeypatch):
     config = {"low_memory": True}
     with pytest.raises(ValueError, match=r"not Adam's in SGD; use an optimizer with betas, e.g. optim='adamw_torch'"):
-        make_trainer(lean_tiny_bert, tmp_path, config=config, optim="sgd").train()
+        make_trainer(low_memory_tiny_bert, tmp_path, config=config, optim="sgd").train()
     monkeypatch.setattr(AcceleratorState, "_shared_state", {"_mixed_precision": "fp16"})
     with pytest.raises(ValueError, match=r"before fp16's scaler could unscale them; use bf16, or low_memory=False"):
         check_low_memory()

@@ -73,8 +73,8 @@ def check_resuming(tiny_bert, tmp_path, **options):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_resume_ends_bit_for_bit_where_the_unbroken_run_does(lean_tiny_bert, tmp_path, setting):
-    check_resuming(lean_tiny_bert, tmp_path, **SETTINGS[setting])
+def test_resume_ends_bit_for_bit_where_the_unbroken_run_does(low_memory_tiny_bert, tmp_path, setting):
+    check_resuming(low_memory_tiny_bert, tmp_path, **SETTINGS[setting])
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])

@@ -61,10 +61,10 @@ def test_state_fits_an_optimizer_made_anew_for_the_new_parameters(optimizer, par
     replace_parameters(optimizer, {parameters[0]: new, parameters[4]: None})
     new.grad = torch.ones_like(new)
     optimizer.step()
-    anew = torch.optim.AdamW([{"params": [new, *parameters[1:3]]}, {"params": [parameters[3]]}])
-    anew.load_state_dict(optimizer.state_dict())
+    fresh = torch.optim.AdamW([{"params": [new, *parameters[1:3]]}, {"params": [parameters[3]]}])
+    fresh.load_state_dict(optimizer.state_dict())
     for parameter in (new, *parameters[1:4]):
-        assert torch.equal(anew.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
+        assert torch.equal(fresh.state[parameter]["exp_avg"], optimizer.state[parameter]["exp_avg"])
 
 
 def test_parameters_that_the_optimizer_lacks_cannot_be_replaced(optimizer, parameters):

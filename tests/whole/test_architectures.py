@@ -1,5 +1,7 @@
-"""The whole way of an adapter with the default config, on every architecture; `python tests/test_architectures.py` prints
-what it finds as a table."""
+"""The whole way of an adapter with the default config, on every architecture.
+
+`python tests/whole/test_architectures.py` prints a table of it.
+"""
 
 import sys
 import tempfile

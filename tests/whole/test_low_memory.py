@@ -74,8 +74,8 @@ def check_against_plain(plain, low, uses=1):
     return large
 
 
-def test_a_backward_pass_leaves_moments_and_updated_diffs_and_no_gradients(lean_tiny_bert, batch):
-    plain, low = make(lean_tiny_bert()), low_memory_model(lean_tiny_bert())
+def test_a_backward_pass_leaves_moments_and_updated_diffs_and_no_gradients(low_memory_tiny_bert, batch):
+    plain, low = make(low_memory_tiny_bert()), low_memory_model(low_memory_tiny_bert())
     before = {key: gates.log_alpha.clone() for key, (_, _, gates) in parts_of(low).items()}
     for model in (plain, low):
         pass_through(model, batch())
@@ -89,15 +89,15 @@ def test_a_backward_pass_leaves_moments_and_updated_diffs_and_no_gradients(lean_
     assert all(not torch.equal(before[key], gates.log_alpha) for key, (_, _, gates) in parts_of(low).items())
 
 
-def test_a_parameter_that_is_used_three_times_is_updated_once_from_all_uses(lean_tiny_bert, batch):
+def test_a_parameter_that_is_used_three_times_is_updated_once_from_all_uses(low_memory_tiny_bert, batch):
     plain, low = make(tiny_albert()), low_memory_model(tiny_albert())
     for model in (plain, low):
         pass_through(model, batch())
     assert check_against_plain(plain, low, uses=3) > 5
 
 
-def test_accumulated_gradients_are_those_of_one_batch(lean_tiny_bert, batch, monkeypatch):
-    plain, low = make(lean_tiny_bert()), low_memory_model(lean_tiny_bert())
+def test_accumulated_gradients_are_those_of_one_batch(low_memory_tiny_bert, batch, monkeypatch):
+    plain, low = make(low_memory_tiny_bert()), low_memory_model(low_memory_tiny_bert())
     units = {}  # of the int8 moments, which were rounded to them twice
     for seed in (1, 2):
         monkeypatch.setattr(GradientState(), "sync_gradients", seed == 2)
@@ -118,10 +118,10 @@ def test_accumulated_gradients_are_those_of_one_batch(lean_tiny_bert, batch, mon
             torch.testing.assert_close(gates_.exp_avg, (1 - BETAS[0]) * plain_gates.log_alpha.grad)
 
 
-def test_gradient_checkpointing_changes_nothing(lean_tiny_bert, batch):
+def test_gradient_checkpointing_changes_nothing(low_memory_tiny_bert, batch):
     runs = []
     for checkpointing in (False, True):
-        model = low_memory_model(lean_tiny_bert())
+        model = low_memory_model(low_memory_tiny_bert())
         if checkpointing:
             model.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
         pass_through(model, batch())
@@ -132,7 +132,7 @@ def test_gradient_checkpointing_changes_nothing(lean_tiny_bert, batch):
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-def test_reentrant_checkpointing_of_shared_layers_is_noticed(lean_tiny_bert, batch):
+def test_reentrant_checkpointing_of_shared_layers_is_noticed(low_memory_tiny_bert, batch):
     model = low_memory_model(tiny_albert())
     albert = model.base_model.model.albert.encoder
     inner = albert.albert_layer_groups[0]
@@ -148,8 +148,8 @@ def test_reentrant_checkpointing_of_shared_layers_is_noticed(lean_tiny_bert, bat
         pass_through(model, batch())
 
 
-def test_an_update_that_is_not_finite_is_skipped(lean_tiny_bert, batch):
-    model = low_memory_model(lean_tiny_bert())
+def test_an_update_that_is_not_finite_is_skipped(low_memory_tiny_bert, batch):
+    model = low_memory_model(low_memory_tiny_bert())
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     torch.manual_seed(0)
     (model(**batch()).loss * torch.nan).backward()
@@ -160,15 +160,15 @@ def test_an_update_that_is_not_finite_is_skipped(lean_tiny_bert, batch):
     assert model.base_model.gate_step(5, 10) > 0
 
 
-def test_evaluation_and_pruning_are_those_of_plain_gates_with_the_same_numbers(lean_tiny_bert, batch, tmp_path):
-    plain, low = make(lean_tiny_bert()), low_memory_model(lean_tiny_bert())
+def test_evaluation_and_pruning_are_those_of_plain_gates_with_the_same_numbers(low_memory_tiny_bert, batch, tmp_path):
+    plain, low = make(low_memory_tiny_bert()), low_memory_model(low_memory_tiny_bert())
     torch.testing.assert_close(plain.eval()(**batch()).logits, low.eval()(**batch()).logits)
     one, other = plain.base_model, low.base_model
     assert one.expected_nonzeros() == other.expected_nonzeros()
     torch.testing.assert_close(one.l0_penalty(), other.l0_penalty())
     assert one.num_nonzeros() == other.num_nonzeros()
     low.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(lean_tiny_bert(), tmp_path)
+    loaded = PeftModel.from_pretrained(low_memory_tiny_bert(), tmp_path)
     mine, theirs = low.state_dict(), loaded.state_dict()
     assert mine.keys() == theirs.keys()
     assert all(mine[key].dtype == theirs[key].dtype and torch.equal(mine[key], theirs[key]) for key in mine)
@@ -180,8 +180,8 @@ def test_evaluation_and_pruning_are_those_of_plain_gates_with_the_same_numbers(l
 
 
 @pytest.mark.parametrize("cast", ["half", "float", "double", "bfloat16"])
-def test_casts_of_the_model_leave_the_adapter_as_it_is(lean_tiny_bert, cast):
-    model = low_memory_model(lean_tiny_bert())
+def test_casts_of_the_model_leave_the_adapter_as_it_is(low_memory_tiny_bert, cast):
+    model = low_memory_model(low_memory_tiny_bert())
     before = {key: tensor.clone() for key, tensor in model.state_dict().items() if "diffpruning" in key}
     getattr(model, cast)()
     after = model.state_dict()
@@ -189,7 +189,7 @@ def test_casts_of_the_model_leave_the_adapter_as_it_is(lean_tiny_bert, cast):
 
 
 @pytest.mark.parametrize("layer_type", ["conv", "shared head"])
-def test_convolutions_and_tied_weights(lean_tiny_bert, layer_type):
+def test_convolutions_and_tied_weights(low_memory_tiny_bert, layer_type):
     torch.manual_seed(0)
     if layer_type == "conv":
         base = torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3), torch.nn.Flatten(), torch.nn.LazyLinear(2))
@@ -212,8 +212,8 @@ def test_convolutions_and_tied_weights(lean_tiny_bert, layer_type):
     model.optimizer.step()
 
 
-def test_pruning_ends_the_updates_and_leaves_a_usual_fixmask(lean_tiny_bert, batch):
-    model = low_memory_model(lean_tiny_bert())
+def test_pruning_ends_the_updates_and_leaves_a_usual_fixmask(low_memory_tiny_bert, batch):
+    model = low_memory_model(low_memory_tiny_bert())
     pass_through(model, batch())
     model.base_model.gate_step(0, 10)
     model.base_model.magnitude_prune(optimizer=model.optimizer)
@@ -225,8 +225,8 @@ def test_pruning_ends_the_updates_and_leaves_a_usual_fixmask(lean_tiny_bert, bat
         model.base_model.update_in_backward(model.optimizer)
 
 
-def test_an_adapter_that_does_not_train_does_not_change(lean_tiny_bert, batch):
-    model = low_memory_model(lean_tiny_bert())
+def test_an_adapter_that_does_not_train_does_not_change(low_memory_tiny_bert, batch):
+    model = low_memory_model(low_memory_tiny_bert())
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("classifier" in name and "modules_to_save" in name)
@@ -250,26 +250,26 @@ def test_state_takes_eleven_bytes_a_parameter():
     assert 11 < sum(t.numel() * t.element_size() for t in held) / total <= 11.5
 
 
-def test_what_would_train_wrongly_is_refused(lean_tiny_bert, batch, monkeypatch):
-    model = low_memory_model(lean_tiny_bert(), optimizer=False)
+def test_what_would_train_wrongly_is_refused(low_memory_tiny_bert, batch, monkeypatch):
+    model = low_memory_model(low_memory_tiny_bert(), optimizer=False)
     pass_through(model, batch())
     with pytest.raises(ValueError, match=r"the diff of .* has a gradient.*call update_in_backward\(optimizer\)"):
         model.base_model.gate_step(0, 10)
-    model = low_memory_model(lean_tiny_bert())
+    model = low_memory_model(low_memory_tiny_bert())
     pass_through(model.eval(), batch())
     with pytest.raises(ValueError, match=r"the gates of .* have a gradient .*train in model.train\(\)"):
         model.base_model.gate_step(0, 10)
-    model = make(lean_tiny_bert())
+    model = make(low_memory_tiny_bert())
     with pytest.raises(ValueError, match="is in gating and has low_memory=False; update_in_backward is for"):
         model.base_model.update_in_backward(torch.optim.AdamW(model.parameters()))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="before 2 processes could average them; launch one process, or use"):
-        low_memory_model(lean_tiny_bert())
+        low_memory_model(low_memory_tiny_bert())
 
 
-def test_a_compiled_step_is_refused(lean_tiny_bert, batch):
-    model = low_memory_model(lean_tiny_bert())
+def test_a_compiled_step_is_refused(low_memory_tiny_bert, batch):
+    model = low_memory_model(low_memory_tiny_bert())
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="low_memory=True updates tensors within the backward pass"):
         compiled(**batch())
@@ -281,17 +281,17 @@ def test_the_gates_functions_take_half_width_log_alpha(device):
     assert gates.open_probability(log_alpha, (-1.5, 1.5)).dtype == torch.float32
 
 
-def test_effective_weights_are_kept_where_memory_is_no_concern(lean_tiny_bert, batch):
+def test_effective_weights_are_kept_where_memory_is_no_concern(low_memory_tiny_bert, batch):
     def kept(model):
         loss = model(**batch()).loss
         uses = next(iter(model.base_model.all_layers())).noise.workspace.uses()
         loss.backward()
         return {key[0] for key in uses}
 
-    linear = {name for name, module in lean_tiny_bert().named_modules() if isinstance(module, torch.nn.Linear)}
-    assert kept(make(lean_tiny_bert())) == linear - {"classifier"}  # the head is trained whole
-    assert kept(low_memory_model(lean_tiny_bert())) == set()
-    checkpointed = make(lean_tiny_bert())
+    linear = {name for name, module in low_memory_tiny_bert().named_modules() if isinstance(module, torch.nn.Linear)}
+    assert kept(make(low_memory_tiny_bert())) == linear - {"classifier"}  # the head is trained whole
+    assert kept(low_memory_model(low_memory_tiny_bert())) == set()
+    checkpointed = make(low_memory_tiny_bert())
     checkpointed.base_model.model.activation_checkpointing_enable({"use_reentrant": False})
     checkpointed.base_model.model.enable_input_require_grads()
     assert kept(checkpointed) == {"bert.pooler.dense"}

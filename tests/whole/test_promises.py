@@ -1,7 +1,7 @@
 """What stays the same from version to version: adapter files that an earlier version saved load to the same bits.
 
-The files in `golden/` were saved by the flat package at commit 1c33eb2, on random weights that follow from a seed; each base
-model is known again by its fingerprint.
+The files in `golden/` were saved by the flat package at commit 1c33eb2, on random weights that follow from a seed; each
+base model is known again by its fingerprint.
 """
 
 import warnings

@@ -145,7 +145,7 @@ def test_sft_of_a_model_with_an_added_adapter_trains_the_output_layer_too(tmp_pa
 def test_dpo_goes_through_all_phases_with_the_base_as_reference(tmp_path, tokenizer):
     trainer = dpo(tmp_path, tokenizer, LLAMA.make(), config(exclude_modules=["lm_head"]))
     trainer.train()
-    # Policy and reference are the same model at first, and their log-ratio is nought.
+    # Policy and reference are the same model at first, and their log-ratio is zero.
     assert logged(trainer, "loss")[0] == pytest.approx(0.6931, abs=1e-3)
     assert logged(trainer, "loss")[-1] < 0.6
     assert logged(trainer, "diffpruning/phase") == ["gating"] * 5 + ["fixmask"] * 7
