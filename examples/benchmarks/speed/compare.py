@@ -5,8 +5,8 @@
 
 Each checkout has a process of its own, in which its package is imported; one of them works at a time, and they take
 turns for every repetition. A ratio is that of the medians, to the first checkout's. The model is a random BERT of
-MiniLM's size (`--model`), in fp32 on two threads; a training step is forward, backward, clipping, the gates' step, fused
-AdamW and zero_grad, without dropout, on batches of 16 x 64.
+MiniLM's size (`--model`), in fp32; a training step is forward, backward, clipping, the gates' step, fused AdamW and
+zero_grad, without dropout, on batches of 16 x 64.
 """
 
 import argparse
@@ -26,16 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # examples/
 from benchmarks.shared.report import show, table
 
 ACTIONS = (
-    "gating",
-    "fixmask",
-    "unmerged_1",
-    "unmerged_32",
-    "merged_1",
-    "merged_32",
-    "switch",
-    "mixed_8x1",
-    "mixed_8x4",
+    *("gating", "fixmask", "switch"),
+    *("unmerged_1", "unmerged_32", "merged_1", "merged_32", "mixed_8x1", "mixed_8x4"),
 )
+"""Training steps; a switch between two merged adapters; passes of so many rows, or of so many adapters x rows."""
 TASKS = 8
 COLUMNS = {
     "action": ("action", "{}"),
@@ -123,16 +117,8 @@ def compare(action: str, checkouts: list[str], options: argparse.Namespace) -> l
     workers = []
     for checkout in checkouts:
         environment = {**os.environ, "PYTHONPATH": str(Path(checkout).resolve())}
-        workers.append(
-            subprocess.Popen(
-                command,
-                env=environment,
-                text=True,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-            )
-        )
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        workers.append(subprocess.Popen(command, env=environment, text=True, **pipes))
     seconds: list[list[float]] = [[] for _ in workers]
     for turn in range(options.repeats + 1):
         for worker, found in zip(workers, seconds, strict=True):
