@@ -93,14 +93,8 @@ class DiffPruningModel(DiffPruningTuner):
         """Have large diffs step within the backward pass, and gradients of gates used there, with `low_memory=True`.
 
         Call it once before training, or before training goes on; [`DiffPruningCallback`] does. The diffs take learning
-        rate and weight decay of their group of the optimizer as they are during backward. Pruning ends it.
-
-        Args:
-            optimizer: of Adam's family, made of `model.parameters()`.
-            adapter_name: the adapter, by default the active one.
-
-        Returns:
-            A handle that ends it before, with `remove()`, and has a factor of the learning rates, `rate_factor`.
+        rate and weight decay of their group of the optimizer, which must be of Adam's family and made of
+        `model.parameters()`. Pruning ends it, or `remove()` of the result, whose `rate_factor` multiplies the rates.
 
         Raises:
             ValueError: the adapter is pruned or its config has no low_memory=True; more than one process; fp16 with

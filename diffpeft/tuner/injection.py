@@ -50,14 +50,7 @@ class Injection:
         self._references = {child: names for child, names in references.items() if len(names) > 1}
 
     def wrap(self, target: nn.Module, key: str, parent: nn.Module, name: str) -> DiffPruningLayer:
-        """Put a layer around a module.
-
-        Args:
-            target: the module.
-            key: its name in the model.
-            parent: holds it.
-            name: its name there.
-        """
+        """Put a layer around a module, whose name is `key` in the model and `name` in its parent."""
         own = target.named_parameters(recurse=False)
         ties = {name: self._owners[id(p)] for name, p in own if id(p) in self._owners}
         layer = DiffPruningLayer(target, key.replace(".base_layer", ""), ties, self.noise)
@@ -162,14 +155,7 @@ def check_coverage(
     config: DiffPruningConfig,
     base_parameters: Iterator[tuple[str, nn.Parameter]],
 ) -> None:
-    """Raise ValueError unless the layers of an adapter cover what its config promises.
-
-    Args:
-        layers: those that hold the adapter.
-        adapter_name: the adapter.
-        config: its config.
-        base_parameters: the parameters of the base model, by name.
-    """
+    """Raise ValueError unless the layers that hold an adapter cover what its config promises."""
     found = {layer.parameter_key(name) for layer in layers for name in layer.shapes}
     lost = sorted((config.nnz_pattern or {}).keys() - found)
     if lost:

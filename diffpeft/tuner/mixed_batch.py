@@ -168,11 +168,7 @@ class MixedBatch:
         return tree_unflatten(leaves, spec)
 
     def _join(self, parts: Sequence[Any]) -> Any:
-        """Parts of the output, one for each adapter, in the order of the batch's rows.
-
-        Raises:
-            NotImplementedError: the parts are not made of rows.
-        """
+        """Parts of the output, one for each adapter, in the order of the batch's rows; refused if they have none."""
         first, groups = parts[0], list(self._groups().values())
         if not isinstance(first, Tensor):
             if not all(type(part) is type(first) and part == first for part in parts):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -16,7 +18,6 @@ from diffpeft.gates.scores import GatedDiff
 from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.sparse.sharded import check_whole
 from diffpeft.sparse.top_k import global_top_k
-from diffpeft.tuner.optimizer import check_replaceable, replace_parameters
 
 
 @dataclass(frozen=True)
@@ -131,3 +132,32 @@ def cast_values(tuner: BaseTuner, adapter_name: str, dtype: str) -> None:
     for layer in layers:
         layer.configs[adapter_name] = config
     tuner.peft_config[adapter_name] = config
+
+
+# The optimizer
+
+
+def check_replaceable(optimizer: torch.optim.Optimizer, old: set[nn.Parameter]) -> None:
+    """Raise ValueError unless the optimizer's groups hold every parameter in `old`, so that they can be replaced."""
+    missing = len(old - {parameter for group in optimizer.param_groups for parameter in group["params"]})
+    if missing:
+        raise ValueError(
+            f"the optimizer ({type(optimizer).__name__}) does not hold {missing} of the {len(old)} parameters that "
+            "pruning replaces, so it would go on without the kept values; build it from model.parameters(), and do not "
+            "let it flatten or shard them"
+        )
+
+
+def replace_parameters(
+    optimizer: torch.optim.Optimizer, replacement: Mapping[nn.Parameter, nn.Parameter | None]
+) -> None:
+    """Put new parameters, or none, where old ones stood in the optimizer's groups, with fresh state.
+
+    Groups and order equal those of an optimizer made for the changed model, so that a checkpoint's optimizer state fits
+    when training resumes from it.
+    """
+    for group in optimizer.param_groups:
+        new: list[Any] = [replacement.get(parameter, parameter) for parameter in group["params"]]
+        group["params"] = [parameter for parameter in new if parameter is not None]
+    for old in replacement:
+        optimizer.state.pop(old, None)

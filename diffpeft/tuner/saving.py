@@ -83,8 +83,7 @@ def match_file(
     adapter_name: str,
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Give the layers of an adapter, and its config, the phase and the shapes of a file. A file that is refused leaves
-    the layers alone.
+    """Give the layers of an adapter, and its config, the phase and the shapes of a file, unless it is refused.
 
     Args:
         layers: all layers that hold the adapter.
@@ -159,13 +158,7 @@ def check_modules(layers: Iterable[DiffPruningLayer], adapter_name: str, keys: I
 
 
 def check_complete(expected: Mapping[str, Tensor], adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless a file holds every tensor of the adapter in its shape, and no other diff-pruning tensor.
-
-    Args:
-        expected: the adapter's tensors in the model, by key.
-        adapter_name: the adapter.
-        tensors: the file's, by the same keys.
-    """
+    """Raise ValueError unless a file holds the adapter's `expected` tensors in their shapes, and no others of ours."""
     given = {key: tensor for key, tensor in tensors.items() if KEY_MARKER in key}
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or unknown:
@@ -257,13 +250,7 @@ def fit_to_file(
 ) -> dict[str, Tensor]:
     """A file's tensors under the model's names, after the adapter was brought into the file's phase and shapes.
 
-    Args:
-        model: the model with the adapter.
-        config: the adapter's; takes on the counts of the file.
-        adapter_name: the adapter.
-        state_dict: the file's tensors, without the adapter's name in their keys.
-        without_adapter: removes an adapter's name from a key, as PEFT does.
-        remap: puts it in, as PEFT does.
+    `without_adapter` removes an adapter's name from a key, and `remap` puts it in, both as PEFT does.
     """
     layers = {
         name: layer

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffpeft.tuner.optimizer import check_replaceable, replace_parameters
+from diffpeft.tuner.pruning import check_replaceable, replace_parameters
 
 
 @pytest.fixture
