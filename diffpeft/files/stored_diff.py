@@ -18,7 +18,7 @@ from diffpeft.files.encoding import (
     strip_checksum,
     unpack,
 )
-from diffpeft.sparse.functions import Pattern
+from diffpeft.sparse.functions import RowPattern
 from diffpeft.sparse.sharded import check_whole
 
 
@@ -69,7 +69,7 @@ class StoredDiff:
         self._label = f"{key}, adapter {adapter_name!r}"
         self._dtype = dtype
         self._decoded: _Decoded | None = None
-        self._pattern: tuple[Tensor, Pattern] | None = None  # and the positions that it was made from
+        self._pattern: tuple[Tensor, RowPattern] | None = None  # and the positions that it was made from
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -119,11 +119,11 @@ class StoredDiff:
         return values
 
     @property
-    def pattern(self) -> Pattern:
+    def pattern(self) -> RowPattern:
         """The positions in a matrix as compressed sparse rows."""
         positions = self.positions
         if self._pattern is None or self._pattern[0] is not positions:
-            self._pattern = positions, Pattern.of(positions, self.shape)
+            self._pattern = positions, RowPattern.of(positions, self.shape)
         return self._pattern[1]
 
     @property

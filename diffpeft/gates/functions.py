@@ -20,7 +20,7 @@ from diffpeft.gates.hard_concrete import GatedTensors, Stretch, stretch_and_clam
 from diffpeft.gates.kernels import Draw
 from diffpeft.gates.noise import seed_words, uniform, uniform_scalar
 from diffpeft.gates.workspace import Workspace
-from diffpeft.sparse.linear import compute_dtype, embedding_gradient
+from diffpeft.sparse.functions import compute_dtype, embedding_gradient
 
 Accumulate = Callable[[Tensor, Tensor | None], None]
 """Takes a gradient of log_alpha, fp32, and which rows it is; None: all of them."""

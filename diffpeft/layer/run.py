@@ -14,7 +14,7 @@ from diffpeft.gates.hard_concrete import GatedTensors
 from diffpeft.gates.small_parameters import MAX_SMALL_ELEMENTS, SmallParameter, small_parameters
 from diffpeft.gates.update.low_memory import accumulator, low_memory_gates
 from diffpeft.layer.wrapped import device_of, is_offloaded, is_plain
-from diffpeft.sparse.functions import Diff, patched_embedding, patched_linear, sampling_pays, sparse_parameter
+from diffpeft.sparse.functions import sampling_pays, sparse_embedding, sparse_linear, sparse_parameter
 from diffpeft.sparse.inplace import Entry, InplaceUpdate, can_be_overwritten
 
 Layer: TypeAlias = Any
@@ -97,8 +97,7 @@ def _linear(layer: Layer, adapter_name: str, x: Tensor) -> Tensor | None:
             return None
         diff = layer.sparse(adapter_name, "weight")
         pattern = diff.pattern if sampling_pays(diff.count, module.weight.shape, x) else None
-        own = Diff(diff.values, diff.positions)
-        return patched_linear(x, layer.read("bias"), module.weight, own, pattern)
+        return sparse_linear(x, layer.read("bias"), module.weight, diff.values, diff.positions, pattern)
     w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, "weight")
     if log_alpha is None or not layer.training:
         return None
@@ -112,7 +111,7 @@ def _embedding(layer: Layer, adapter_name: str, ids: Tensor) -> Tensor | None:
         return None
     if not layer.is_gating(adapter_name):
         diff = layer.sparse(adapter_name, "weight")
-        return patched_embedding(ids, module.padding_idx, module.weight, diff.values, diff.pattern)
+        return sparse_embedding(ids, module.padding_idx, module.weight, diff.values, diff.pattern)
     w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, "weight")
     if log_alpha is None or not layer.training:
         return None

@@ -1,7 +1,8 @@
-"""Finished diffs on weights that are never copied: the k entries stand in the weight while a module runs, and no longer.
+"""Autograd functions of sparse diffs on frozen weights, and what hand-written backward passes of linear layers share.
 
-What stood there is put back to the bit as soon as the module has run, forward or backward, also after an error. Nothing else
-reads the weight meanwhile: a model with diffs runs in one thread, and what other processes share is not patched.
+Layers and embeddings copy no weight: the k entries stand in it while a module runs, forward or backward, and what stood
+there is put back to the bit after it, also after an error. Nothing else may read the weight meanwhile: a model with
+diffs runs in one thread, and `can_be_overwritten` excludes what other processes share.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from diffpeft.sparse.inplace import Entry, InplaceUpdate, read_at, write_at
-from diffpeft.sparse.linear import compute_dtype, embedding_gradient
+
+CHUNK_ELEMENTS = 1 << 20
+"""Elements of both operands of a product that are transposed at a time."""
 
 
 class _SparseParameter(torch.autograd.Function):
@@ -39,23 +42,13 @@ def sparse_parameter(base: Tensor, values: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         base: the frozen pretrained parameter, any shape and floating dtype.
-        values: shape (k,), floating.
+        values: floating, shape (k,).
         positions: int64, shape (k,), sorted flat positions in `base`.
     """
-    effective: Tensor = _SparseParameter.apply(base, values, positions)  # type: ignore[no-untyped-call]
-    return effective
+    return _SparseParameter.apply(base, values, positions)  # type: ignore[no-any-return,no-untyped-call]
 
 
-class Diff(NamedTuple):
-    """A finished diff of one parameter."""
-
-    values: Tensor
-    """fp32, shape (k,)."""
-    positions: Tensor
-    """int64, shape (k,), sorted."""
-
-
-class Pattern(NamedTuple):
+class RowPattern(NamedTuple):
     """The positions in a matrix as compressed sparse rows."""
 
     offsets: Tensor
@@ -64,74 +57,71 @@ class Pattern(NamedTuple):
     """int32, shape (k,)."""
 
     @classmethod
-    def of(cls, positions: Tensor, shape: torch.Size) -> Pattern:
-        """Of sorted flat positions in a matrix."""
+    def of(cls, positions: Tensor, shape: torch.Size) -> RowPattern:
+        """Compress sorted flat positions, int64, shape (k,), in a matrix of this shape."""
         rows = torch.arange(shape[0] + 1, device=positions.device) * shape[1]
         return cls(torch.searchsorted(positions, rows, out_int32=True), (positions % shape[1]).to(torch.int32))
 
     def of_rows(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Which of the k positions lie in some rows, and where they lie in a matrix of these rows alone, flat."""
+        """Indices of those of the k positions that lie in some rows, and their flat positions in these rows alone."""
         start, end = self.offsets.index_select(0, rows), self.offsets.index_select(0, rows + 1)
         count = end - start
         row = torch.repeat_interleave(count)
         before = count.cumsum(0) - count
-        which = torch.arange(len(row), device=rows.device) + (start - before).index_select(0, row)
-        return which, row.to(torch.int64) * width + self.columns.index_select(0, which)
+        index = torch.arange(len(row), device=rows.device) + (start - before).index_select(0, row)
+        return index, row.to(torch.int64) * width + self.columns.index_select(0, index)
 
 
-CHUNK = 1 << 20
-"""Entries of both operands that are turned round at a time."""
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype that a linear layer computes in: autocast's, or the weight's."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
 
 
 def sampling_pays(k: int, shape: torch.Size, grad: Tensor) -> bool:
-    """Whether the gradient of a weight is cheaper at `k` places than everywhere. Measured on one CPU in fp32, with eager transposes, a product at a place
-    of its own costs 9 times one in a dense product, and turning an entry of the operands round 30 times one."""
+    """Whether the gradient of a weight is cheaper at `k` positions than everywhere.
+
+    Measured on a CPU in fp32, a product for one position costs 9 times one in a dense product, and transposing an
+    element of the operands 30 times.
+    """
     rows, columns = shape
     return grad.is_cpu and grad.dtype == torch.float32 and 9 * k + 30 * (rows + columns) < rows * columns
 
 
 @functools.cache
 def _accept_beta() -> None:
-    """torch warns once that its compressed sparse rows are new."""
+    """Let torch warn now, unheard, that its compressed sparse rows are new: it does so once."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(
-            torch.zeros(2, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), (1, 1)
-        )
+        zeros = torch.zeros(2, dtype=torch.int64)
+        torch.sparse_csr_tensor(zeros, zeros[:0], torch.zeros(0), (1, 1))
 
 
-def gradient_at(grad: Tensor, x: Tensor, values: Tensor, positions: Tensor, pattern: Pattern | None) -> Tensor:
+def gradient_at(grad: Tensor, x: Tensor, values: Tensor, positions: Tensor, pattern: RowPattern | None) -> Tensor:
     """grad^T x, grad (n, out) and x (n, in), at flat `positions`: shape (k,); with a pattern, nowhere else."""
     if pattern is None or grad.dtype != torch.float32:  # as under autocast
         return torch.take(grad.t() @ x, positions)
     _accept_beta()
     size, found = (grad.shape[1], x.shape[1]), values.detach()
-    rows = max(64, CHUNK // sum(size))
+    rows = max(64, CHUNK_ELEMENTS // sum(size))
     for part, (own, other) in enumerate(zip(torch.split(grad, rows), torch.split(x, rows), strict=True)):
-        places = torch.sparse_csr_tensor(*pattern, found, size, check_invariants=False)
-        # It reads rows of the one and columns of the other.
-        by_column = own.t().contiguous(), other.t().contiguous().t()
-        product = torch.sparse.sampled_addmm(places, *by_column, beta=1.0 if part else 0.0)
-        found = product.values()
+        sparse = torch.sparse_csr_tensor(*pattern, found, size, check_invariants=False)
+        by_column = own.t().contiguous(), other.t().contiguous().t()  # it reads rows of the one, columns of the other
+        found = torch.sparse.sampled_addmm(sparse, *by_column, beta=1.0 if part else 0.0).values()
     return found
 
 
-class _PatchedLinear(torch.autograd.Function):
+class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        values: Tensor,
-        weight: Tensor,
-        positions: Tensor,
-        pattern: Pattern | None,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, *diff: Any) -> Tensor:
+        values, positions, ctx.pattern = diff
         dtype = compute_dtype(x, weight)
         ctx.dtypes = x.dtype, None if bias is None else bias.dtype
         x = x.to(dtype)
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, values, positions)
-        ctx.weight, ctx.pattern = weight, pattern
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, values, positions)
+        ctx.weight = weight
         with InplaceUpdate([Entry(weight, positions, values)]):
             return functional.linear(x, weight.data.to(dtype), None if bias is None else bias.to(dtype))
 
@@ -146,45 +136,75 @@ class _PatchedLinear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
             by_bias = rows.sum(0).to(ctx.dtypes[1])
-        if ctx.needs_input_grad[2]:
-            x = x.reshape(-1, x.shape[-1])
-            by_values = gradient_at(rows, x, values, positions, ctx.pattern).to(values.dtype)
-        return by_x, by_bias, by_values, None, None, None
+        if ctx.needs_input_grad[3]:
+            by_values = gradient_at(rows, x.reshape(-1, x.shape[-1]), values, positions, ctx.pattern).to(values.dtype)
+        return by_x, by_bias, None, by_values, None, None
 
 
-class _PatchedEmbedding(torch.autograd.Function):
+def sparse_linear(
+    x: Tensor, bias: Tensor | None, weight: Tensor, values: Tensor, positions: Tensor, pattern: RowPattern | None = None
+) -> Tensor:
+    """`torch.nn.functional.linear` with a diff added to the weight; differentiable in `x`, `bias` and `values`.
+
+    Args:
+        x: shape (..., in).
+        bias: shape (out,), or None.
+        weight: shape (out, in).
+        values: fp32, shape (k,).
+        positions: int64, shape (k,), sorted flat positions in `weight`.
+        pattern: that of the positions; with it the values' gradient is computed at these alone.
+    """
+    return _SparseLinear.apply(x, bias, weight, values, positions, pattern)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def embedding_gradient(grad: Tensor, rows: Tensor, inverse: Tensor, padding_idx: int | None) -> Tensor:
+    """The gradient of the rows that an embedding used, shape (n, width). That of the padding row is 0.
+
+    Args:
+        grad: of the embedding's output, shape (..., width).
+        rows: indices of the used rows, each once, int64, shape (n,).
+        inverse: index into `rows` of each vector in `grad`, int64, shape (...).
+        padding_idx: the row of padding.
+    """
+    by_row: Tensor = torch.ops.aten.embedding_dense_backward(grad, inverse, len(rows), -1, False)
+    return by_row if padding_idx is None else by_row.masked_fill_((rows == padding_idx).unsqueeze(1), 0)
+
+
+class _SparseEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, ids: Tensor, padding_idx: int | None, values: Tensor, weight: Tensor, pattern: Pattern
+        ctx: Any, ids: Tensor, padding_idx: int | None, weight: Tensor, values: Tensor, pattern: RowPattern
     ) -> Tensor:
-        rows, places = torch.unique(ids, return_inverse=True)
-        which, local = pattern.of_rows(rows, weight.shape[1])
-        ctx.save_for_backward(rows, places, which, local, values)
+        rows, inverse = torch.unique(ids, return_inverse=True)
+        index, positions = pattern.of_rows(rows, weight.shape[1])
+        ctx.save_for_backward(rows, inverse, index, positions, values)
         ctx.padding_idx = padding_idx
         own = weight.data.index_select(0, rows)
         flat = own.view(-1)
-        added = flat.index_select(0, local) + values.detach().index_select(0, which)
-        write_at(flat, added, local)
-        return functional.embedding(places, own)
+        write_at(flat, flat.index_select(0, positions) + values.detach().index_select(0, index), positions)
+        return functional.embedding(inverse, own)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, places, which, local, values = ctx.saved_tensors
-        by_row = embedding_gradient(grad, rows, places, ctx.padding_idx).view(-1)
-        by_values = torch.zeros_like(values).scatter_(0, which, by_row.index_select(0, local).to(values.dtype))
-        return None, None, by_values, None, None
+        rows, inverse, index, positions, values = ctx.saved_tensors
+        by_row = embedding_gradient(grad, rows, inverse, ctx.padding_idx).view(-1)
+        by_values = torch.zeros_like(values).scatter_(0, index, by_row.index_select(0, positions).to(values.dtype))
+        return None, None, None, by_values, None
 
 
-def patched_linear(
-    x: Tensor, bias: Tensor | None, weight: Tensor, diff: Diff, pattern: Pattern | None = None
+def sparse_embedding(
+    ids: Tensor, padding_idx: int | None, weight: Tensor, values: Tensor, pattern: RowPattern
 ) -> Tensor:
-    """`torch.nn.functional.linear` of `x` (..., in) with `diff` added to `weight` (out, in), differentiable in `x`, `bias` and the
-    diff's values. With a `pattern` of its positions the values' gradient is computed at these alone."""
-    return _PatchedLinear.apply(x, bias, diff.values, weight, diff.positions, pattern)  # type: ignore[no-any-return,no-untyped-call]
+    """`torch.nn.functional.embedding` with `values` added where `pattern` says; differentiable in `values`.
 
+    Only the rows of the batch are looked at, and the weight is not touched.
 
-def patched_embedding(ids: Tensor, padding_idx: int | None, weight: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
-    """`torch.nn.functional.embedding` of `ids` with `values` added to `weight` (rows, width) where `pattern` says, differentiable in
-    the values. Only the rows of the batch are looked at; the weight is not touched."""
-    return _PatchedEmbedding.apply(ids, padding_idx, values, weight, pattern)  # type: ignore[no-any-return,no-untyped-call]
+    Args:
+        ids: integers, any shape.
+        padding_idx: the row of padding, whose gradient is 0.
+        weight: shape (rows, width).
+        values: fp32, shape (k,).
+        pattern: their positions in the weight.
+    """
+    return _SparseEmbedding.apply(ids, padding_idx, weight, values, pattern)  # type: ignore[no-any-return,no-untyped-call]

@@ -1,4 +1,6 @@
-"""Finished diffs that stand in the weight while a module runs: what they compute, and that nothing of them stays."""
+"""Sparse diffs that stand in the weight while a module runs: what they compute, and that nothing of them stays."""
+
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,10 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from diffpeft import DiffPruningConfig
-from diffpeft.sparse import functions as patched
-from diffpeft.sparse import inplace
-from diffpeft.sparse.functions import Diff, Pattern, gradient_at, patched_embedding, patched_linear, sparse_parameter
-from diffpeft.sparse.inplace import InplaceUpdate
+from diffpeft.sparse.functions import (
+    RowPattern,
+    gradient_at,
+    sampling_pays,
+    sparse_embedding,
+    sparse_linear,
+    sparse_parameter,
+)
+from diffpeft.sparse.inplace import InplaceUpdate, can_be_overwritten
 
 LAYOUTS = {
     "contiguous": lambda storage: storage,
@@ -100,23 +107,28 @@ def test_sparse_parameter_works_under_deterministic_algorithms(device):
     assert values.grad.tolist() == [1.0, 1.0]
 
 
-def make_diff(shape: tuple[int, int], k: int, device: str = "cpu") -> Diff:
-    where = torch.randperm(shape[0] * shape[1])[:k].sort().values
-    return Diff(torch.randn(k).to(device).requires_grad_(), where.to(device))
+class Entries(NamedTuple):
+    values: Tensor
+    positions: Tensor
+
+
+def make_diff(shape: tuple[int, int], k: int, device: str = "cpu") -> Entries:
+    positions = torch.randperm(shape[0] * shape[1])[:k].sort().values
+    return Entries(torch.randn(k).to(device).requires_grad_(), positions.to(device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sampled", [True, False])
 @pytest.mark.parametrize("rows", [(), (4,), (2, 3)], ids=str)
-def test_a_patched_linear_layer_is_one_with_the_sum(device, rows, sampled, dtype):
+def test_a_sparse_linear_layer_is_one_with_the_sum(device, rows, sampled, dtype):
     weight = torch.randn(7, 6, device=device).to(dtype)
     before, version = weight.clone(), weight._version
     diff, bias = make_diff((7, 6), 9, device), torch.randn(7, device=device).to(dtype).requires_grad_()
     x = torch.randn(*rows, 6, device=device).to(dtype).requires_grad_()
-    pattern = Pattern.of(diff.positions, weight.shape) if sampled and dtype == torch.float32 else None
+    pattern = RowPattern.of(diff.positions, weight.shape) if sampled and dtype == torch.float32 else None
     results = []
     for function in (
-        lambda: patched_linear(x, bias, weight, diff, pattern),
+        lambda: sparse_linear(x, bias, weight, *diff, pattern),
         lambda: functional.linear(x, sparse_parameter(weight, *diff), bias),
     ):
         for leaf in (x, bias, diff.values):
@@ -131,12 +143,12 @@ def test_a_patched_linear_layer_is_one_with_the_sum(device, rows, sampled, dtype
     torch.testing.assert_close(*results, rtol=1e-4 if dtype == torch.float32 else 2e-2, atol=1e-4)
 
 
-def test_under_autocast_a_patched_linear_layer_computes_as_the_plain_one(device):
+def test_under_autocast_a_sparse_linear_layer_computes_as_the_plain_one(device):
     weight, diff = torch.randn(7, 6, device=device), make_diff((7, 6), 9, device)
     x, bias = torch.randn(4, 6, device=device).requires_grad_(), torch.randn(7, device=device).requires_grad_()
     results = []
     for function in (
-        lambda: patched_linear(x, bias, weight, diff),
+        lambda: sparse_linear(x, bias, weight, *diff),
         lambda: functional.linear(x, sparse_parameter(weight, *diff), bias),
     ):
         for leaf in (x, bias, diff.values):
@@ -151,12 +163,12 @@ def test_under_autocast_a_patched_linear_layer_computes_as_the_plain_one(device)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("padding_idx", [None, 3])
-def test_a_patched_embedding_is_one_with_the_sum(device, padding_idx, dtype):
+def test_a_sparse_embedding_is_one_with_the_sum(device, padding_idx, dtype):
     weight, diff = torch.randn(10, 6, device=device, dtype=dtype), make_diff((10, 6), 25, device)
     before, ids = weight.clone(), torch.tensor([[1, 3, 3], [9, 1, 0]], device=device)
     upstream, results = torch.randn(2, 3, 6, device=device, dtype=dtype), []
     for function in (
-        lambda: patched_embedding(ids, padding_idx, weight, diff.values, Pattern.of(diff.positions, weight.shape)),
+        lambda: sparse_embedding(ids, padding_idx, weight, diff.values, RowPattern.of(diff.positions, weight.shape)),
         lambda: functional.embedding(ids, sparse_parameter(weight, *diff), padding_idx),
     ):
         diff.values.grad = None
@@ -170,20 +182,20 @@ def test_a_patched_embedding_is_one_with_the_sum(device, padding_idx, dtype):
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.data())
-def test_a_gradient_at_places_is_the_dense_one_there(height, width, data):
+def test_a_gradient_at_positions_is_the_dense_one_there(height, width, data):
     k = data.draw(st.integers(0, height * width))
     diff = make_diff((height, width), k)
     grad, x = torch.randn(5, height), torch.randn(5, width)
-    pattern = Pattern.of(diff.positions, torch.Size((height, width)))
+    pattern = RowPattern.of(diff.positions, torch.Size((height, width)))
     torch.testing.assert_close(gradient_at(grad, x, *diff, pattern), gradient_at(grad, x, *diff, None))
 
 
 @given(st.sets(st.integers(0, 59)).map(sorted))
-def test_a_pattern_is_the_positions_as_compressed_rows(where):
-    positions = torch.tensor(where, dtype=torch.int64)
+def test_a_pattern_is_the_positions_as_compressed_rows(found):
+    positions = torch.tensor(found, dtype=torch.int64)
     dense = torch.zeros(60).index_fill_(0, positions, 1).view(6, 10)
     expected = dense.to_sparse_csr()
-    offsets, columns = Pattern.of(positions, torch.Size((6, 10)))
+    offsets, columns = RowPattern.of(positions, torch.Size((6, 10)))
     assert torch.equal(offsets, expected.crow_indices())
     assert torch.equal(columns, expected.col_indices())
 
@@ -233,15 +245,15 @@ def test_an_error_in_the_middle_of_a_pass_leaves_the_weights_alone(monkeypatch):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_weights_that_other_processes_share_are_copied_not_patched(monkeypatch):
+def test_weights_that_other_processes_share_are_copied_not_overwritten(monkeypatch):
     model, ids = pruned(Net()), torch.arange(11)[None]
     expected = model(ids).detach()
     model.share_memory()
 
-    def no_patch(*_: object) -> None:
-        raise AssertionError("a shared weight was patched")
+    def no_update(*_: object) -> None:
+        raise AssertionError("a shared weight was overwritten")
 
-    monkeypatch.setattr(InplaceUpdate, "apply", no_patch)
+    monkeypatch.setattr(InplaceUpdate, "apply", no_update)
     with torch.no_grad():
         assert torch.equal(model(ids), expected)
     output = model(ids)
@@ -254,7 +266,7 @@ def test_weights_of_inference_mode_are_copied_outside_of_it():
         base = Net()
     for parameter in base.parameters():
         assert parameter.is_inference()
-        assert not inplace.can_be_overwritten(parameter)
+        assert not can_be_overwritten(parameter)
 
 
 def test_a_dtype_that_does_not_fit_is_refused_as_by_the_plain_layer():
@@ -279,9 +291,9 @@ def test_hooks_of_the_wrapped_module_run(hooked):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_layer_large_enough_for_the_gradient_at_places_trains_under_autocast_too(device, dtype):
+def test_a_layer_large_enough_for_the_gradient_at_positions_trains_under_autocast_too(device, dtype):
     layer = nn.Linear(128, 128)
-    assert patched.sampling_pays(80, layer.weight.shape, torch.zeros(1))
+    assert sampling_pays(80, layer.weight.shape, torch.zeros(1))
     model = get_peft_model(
         nn.Sequential(layer), DiffPruningConfig(target_density=0.005, gated=False, init_weights=False)
     ).to(device)
