@@ -27,16 +27,14 @@ def combine(
 ) -> Diff:
     """Combine several diffs into one.
 
-    - `linear`: the sum of weight * diff (task arithmetic, arXiv 2212.04089).
+    - `linear`: the sum of weight * diff.
     - `magnitude_prune`: the same after each diff was reduced to its largest magnitudes.
-    - `dare_linear`: the same after each diff lost nonzeros at random and was rescaled by 1 / density (arXiv
-    2311.03099). - `ties`, `dare_ties`: after the same reductions, each position elects a sign from the unweighted
-    diffs, + if they
-      balance; the weighted values of that sign are averaged over their number, not over their weights (arXiv
-      2306.01708).
+    - `dare_linear`: the same after each diff lost nonzeros at random and was rescaled by 1 / density.
+    - `ties`, `dare_ties`: after the same reductions, each position elects a sign from the unweighted diffs, + if they
+      balance; the weighted values of that sign are averaged over their number, not over their weights.
 
-    Unlike in PEFT, where it is a share of all elements of a tensor, `density` is the share of each diff's own nonzeros
-    that is kept, because the diffs are sparse already: at 1 nothing is removed.
+    The diffs are sparse already, so `density` is a share of each diff's own nonzeros: at 1 nothing is removed. In PEFT
+    it is a share of all elements of a tensor.
 
     Args:
         diffs: at least one; a parameter's positions and values have shape (k,), its k may differ between diffs. They
@@ -62,8 +60,10 @@ def combine(
     device = next((values.device for diff in diffs for _, values in diff.values()), None)
     parts = [_nonzeros(diff, index, device) for index, diff in enumerate(diffs)]
     if density is not None and density < 1:
-        reduce = _drop_randomly if combination_type.startswith("dare") else _drop_smallest
-        parts = [reduce(part, density) for part in parts]
+        if combination_type.startswith("dare"):
+            parts = [_drop_randomly(part, density) for part in parts]
+        else:
+            parts = [_keep_largest(part, round(density * _count(part))) for part in parts]
     elect = majority_sign_method if combination_type.endswith("ties") else None
     merged: Diff = {}
     for name in dict.fromkeys(name for diff in diffs for name in diff):
@@ -79,12 +79,7 @@ def combine(
 
 
 def _check(
-    diffs: Sequence[Diff],
-    weights: Sequence[float],
-    combination_type: str,
-    density: float | None,
-    majority_sign_method: str,
-    max_nonzeros: int | None,
+    diffs: Sequence[Diff], weights: Sequence[float], how: str, density: float | None, method: str, most: int | None
 ) -> None:
     if not diffs:
         raise ValueError("0 diffs cannot be combined; give at least 1")
@@ -93,21 +88,19 @@ def _check(
     for weight in weights:
         if not abs(weight) <= torch.finfo(torch.float32).max:
             raise ValueError(f"weight {weight} is no finite fp32 number; use finite weights")
-    if combination_type not in COMBINATION_TYPES:
-        raise ValueError(f"combination_type={combination_type!r} is unknown; use one of {COMBINATION_TYPES}")
-    if majority_sign_method not in MAJORITY_SIGN_METHODS:
-        raise ValueError(
-            f"majority_sign_method={majority_sign_method!r} is unknown; use one of {MAJORITY_SIGN_METHODS}"
-        )
-    if combination_type == "linear":
+    if how not in COMBINATION_TYPES:
+        raise ValueError(f"combination_type={how!r} is unknown; use one of {COMBINATION_TYPES}")
+    if method not in MAJORITY_SIGN_METHODS:
+        raise ValueError(f"majority_sign_method={method!r} is unknown; use one of {MAJORITY_SIGN_METHODS}")
+    if how == "linear":
         if density is not None:
             raise ValueError(f"density={density} has no meaning for 'linear', which keeps every nonzero; leave it out")
     elif density is None:
-        raise ValueError(f"density=None is too little for {combination_type!r}; use 0 < density <= 1")
+        raise ValueError(f"density=None is too little for {how!r}; use 0 < density <= 1")
     elif not 0 < density <= 1:
         raise ValueError(f"density={density} is no share of the nonzeros; use 0 < density <= 1")
-    if max_nonzeros is not None and (not isinstance(max_nonzeros, int) or max_nonzeros < 1):
-        raise ValueError(f"max_nonzeros={max_nonzeros} is no number of entries to keep; use an integer >= 1 or None")
+    if most is not None and (not isinstance(most, int) or most < 1):
+        raise ValueError(f"max_nonzeros={most} is no number of entries to keep; use an integer >= 1 or None")
 
 
 def _nonzeros(diff: Diff, index: int, device: torch.device | None) -> Diff:
@@ -134,16 +127,10 @@ def _count(diff: Diff) -> int:
 
 
 def _keep_largest(diff: Diff, k: int) -> Diff:
-    if k >= _count(diff):
-        return diff
-    if not k:
-        return {}
+    if not 0 < k < _count(diff):
+        return diff if k else {}
     magnitudes = [lambda values=values: [values.abs()] for _, values in diff.values()]
     return _select(diff, global_top_k(magnitudes, k)[0])
-
-
-def _drop_smallest(diff: Diff, density: float) -> Diff:
-    return _keep_largest(diff, round(density * _count(diff)))
 
 
 def _drop_randomly(diff: Diff, density: float) -> Diff:
@@ -152,8 +139,7 @@ def _drop_randomly(diff: Diff, density: float) -> Diff:
 
 
 def _merge(present: Sequence[tuple[Tensor, Tensor, float]], elect: str | None) -> tuple[Tensor, Tensor]:
-    """Combine one parameter's (positions, nonzero values, weight) of each diff: a weighted sum, or TIES if it has to
-    elect.
+    """Combine one parameter's (positions, nonzero values, weight) of each diff: a weighted sum, or TIES with `elect`.
 
     Adding one diff after the other, each of which has a position at most once, keeps the order of the sums fixed.
     """

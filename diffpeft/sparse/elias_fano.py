@@ -82,10 +82,8 @@ def unpack(packed: Tensor, count: int, numel: int) -> Tensor:
     Raises:
         ValueError: the size does not fit (count, numel), or the bytes are no code of `count` positions below `numel`.
     """
-    if torch.compiler.is_compiling():  # numpy cannot be traced; the operator stands for it
-        decoded: Tensor = _unpack_operator(packed, count, numel)
-        return decoded
-    return _unpack(packed, count, numel)
+    decode: Any = _unpack_operator if torch.compiler.is_compiling() else _unpack  # numpy cannot be traced
+    return decode(packed, count, numel)  # type: ignore[no-any-return]
 
 
 def _unpack(packed: Tensor, count: int, numel: int) -> Tensor:
@@ -117,9 +115,7 @@ def _unpack(packed: Tensor, count: int, numel: int) -> Tensor:
     return positions.to(packed.device)
 
 
-@torch.library.custom_op("diffpeft::unpack", mutates_args=())
-def _unpack_operator(packed: Tensor, count: int, numel: int) -> Tensor:
-    return _unpack(packed, count, numel)
+_unpack_operator = torch.library.custom_op("diffpeft::unpack", _unpack, mutates_args=())
 
 
 @_unpack_operator.register_fake

@@ -146,13 +146,8 @@ def sparse_linear(
 ) -> Tensor:
     """`torch.nn.functional.linear` with a diff added to the weight; differentiable in `x`, `bias` and `values`.
 
-    Args:
-        x: shape (..., in).
-        bias: shape (out,), or None.
-        weight: shape (out, in).
-        values: fp32, shape (k,).
-        positions: int64, shape (k,), sorted flat positions in `weight`.
-        pattern: that of the positions; with it the values' gradient is computed at these alone.
+    `x` has shape (..., in), `weight` (out, in); fp32 `values` and their sorted flat int64 `positions` (k,). With the
+    `pattern` of the positions the values' gradient is computed at these alone.
     """
     return _SparseLinear.apply(x, bias, weight, values, positions, pattern)  # type: ignore[no-any-return,no-untyped-call]
 
@@ -198,13 +193,6 @@ def sparse_embedding(
 ) -> Tensor:
     """`torch.nn.functional.embedding` with `values` added where `pattern` says; differentiable in `values`.
 
-    Only the rows of the batch are looked at, and the weight is not touched.
-
-    Args:
-        ids: integers, any shape.
-        padding_idx: the row of padding, whose gradient is 0.
-        weight: shape (rows, width).
-        values: fp32, shape (k,).
-        pattern: their positions in the weight.
+    Only the rows of the batch are looked at: `weight` (rows, width) is not touched. `values` are fp32, shape (k,).
     """
     return _SparseEmbedding.apply(ids, padding_idx, weight, values, pattern)  # type: ignore[no-any-return,no-untyped-call]

@@ -23,8 +23,8 @@ class Entry(NamedTuple):
 class InplaceUpdate:
     """Values added to entries of some tensors, which `revert` puts back to the bit.
 
-    A sum is rounded once, from the wider of the two dtypes, so that merged and unmerged models agree to the bit. What is
-    overwritten is noted first: an error or an interrupt, also while reverting, loses nothing that `revert` could not put back.
+    A sum is rounded once, from the wider of the two dtypes, so that merged and unmerged models agree to the bit. What
+    is overwritten is noted first: after an error or an interrupt, also while reverting, `revert` puts back all of it.
     Autograd's version of a tensor stays as it is. As a context manager it applies the update for the block.
 
     Args:
@@ -40,11 +40,10 @@ class InplaceUpdate:
         self.revert()  # what an interrupted `revert` has left
         try:
             for tensor, positions, values in self._entries:
-                data = tensor.data
-                old = read_at(data, positions)
+                old = read_at(tensor.data, positions)
                 new = old + values.data
                 self._old.append(old)
-                write_at(data, new, positions)
+                write_at(tensor.data, new, positions)
         except BaseException:
             self.revert()
             raise
@@ -58,7 +57,7 @@ class InplaceUpdate:
         while self._old:
             index = len(self._old) - 1
             tensor, positions, _ = self._entries[index]
-            data = (tensor if tensors is None else tensors[index]).data
+            data = (tensors[index] if tensors else tensor).data
             positions = None if positions is None else positions.to(data.device)
             write_at(data, self._old[index].to(data.device), positions)
             self._old.pop()
@@ -71,7 +70,7 @@ class InplaceUpdate:
 
 
 def can_be_overwritten(tensor: Tensor) -> bool:
-    """Whether a forward pass may overwrite entries for a while: the tensor lies here, in one piece, in this process alone."""
+    """Whether a pass may overwrite entries for a while: the tensor lies here, in one piece, in this process alone."""
     return (
         tensor.is_contiguous()
         and not tensor.is_meta
@@ -94,12 +93,11 @@ def read_at(tensor: Tensor, positions: Tensor | None) -> Tensor:
 
 
 def write_at(tensor: Tensor, values: Tensor, positions: Tensor | None) -> None:
-    """Write `values` of any dtype, shape (k,), at flat `positions`, each of which occurs once, or over the whole tensor."""
+    """Write `values` of any dtype, shape (k,), at flat `positions`, each of them once, or over the whole tensor."""
     if positions is None:
         tensor.copy_(values)
         return
-    if values.dtype != tensor.dtype:
-        values = values.to(tensor.dtype)
+    values = values.to(tensor.dtype)
     if not tensor.is_contiguous():
         tensor.index_put_(torch.unravel_index(positions, tensor.shape), values)  # put_ has no deterministic form
     elif tensor.dtype == torch.float32:

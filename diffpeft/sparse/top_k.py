@@ -5,16 +5,12 @@ exact, without sorting, and without ever holding more than one chunk of scores (
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-UNORDERED = (
-    "scores are NaN, infinite or negative, so their order means nothing; "
-    "check the loss and lower the learning rate before pruning"
-)
 INFINITY_BITS = 0x7F800000
 HALF_BITS = 16
 
@@ -22,8 +18,7 @@ Scores = Callable[[], Iterable[Tensor]]
 """Computes the scores of one tensor again, as chunks in order: fp32, nonnegative, flat in sum."""
 
 
-@dataclass(frozen=True)
-class Threshold:
+class Threshold(NamedTuple):
     """The cut that keeps exactly k scores: all above `value`, and of those equal to it the first `ties`."""
 
     value: float
@@ -40,7 +35,9 @@ def select(scores: Tensor, threshold: Threshold, ties: int) -> tuple[Tensor, int
         ties: how many scores equal to the cut may be kept from here on.
     """
     bits = scores.view(torch.int32)
-    positions = _nonzero(bits >= threshold.bits)
+    kept = bits >= threshold.bits
+    # On a CPU, torch.nonzero takes ten times as long as numpy.
+    positions = torch.from_numpy(np.flatnonzero(kept.numpy())) if kept.is_cpu else kept.nonzero().squeeze(1)
     tied = bits[positions] == threshold.bits
     found = int(tied.count_nonzero())
     if found > ties:
@@ -68,8 +65,7 @@ def global_threshold(scores: Sequence[Scores], k: int) -> Threshold:
 def global_top_k(scores: Sequence[Scores], k: int) -> tuple[list[Tensor], Threshold]:
     """Positions of the k largest scores of all tensors together, ties going to the first tensors and positions.
 
-    Returns:
-        One int64 tensor of sorted flat positions a tensor of scores, k in all; and the threshold.
+    Returns one int64 tensor of sorted flat positions a tensor of scores, k in all; and the threshold.
     """
     threshold = global_threshold(scores, k)
     ties, kept = threshold.ties, []
@@ -94,12 +90,15 @@ def _bit_patterns(scores: Sequence[Scores]) -> Iterator[Tensor]:
             if bits.numel():
                 lowest, highest = torch.aminmax(bits)
                 if int(lowest) < 0 or int(highest) >= INFINITY_BITS:
-                    raise ValueError(UNORDERED)
+                    raise ValueError(
+                        "scores are NaN, infinite or negative, so their order means nothing; check the loss and lower "
+                        "the learning rate before pruning"
+                    )
             yield bits
 
 
 def _histogram(chunks: Iterable[Tensor]) -> Tensor:
-    """How often each number of 16 bits occurs, int64, on the CPU."""
+    """The number of times that each number of 16 bits occurs, int64, on the CPU."""
     counts = torch.zeros(1 << HALF_BITS, dtype=torch.int64)
     for chunk in chunks:
         counts += torch.bincount(chunk, minlength=len(counts)).cpu()
@@ -112,10 +111,3 @@ def _bin_of(histogram: Tensor, rank: int) -> tuple[int, int]:
     index = int(torch.searchsorted(from_top, rank))
     above = int(from_top[index - 1]) if index else 0
     return len(histogram) - 1 - index, rank - above
-
-
-def _nonzero(mask: Tensor) -> Tensor:
-    """Positions of what is set in a bool tensor, shape (n,): int64, sorted."""
-    if mask.device.type == "cpu":  # torch.nonzero takes ten times as long
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return torch.nonzero(mask).squeeze(1)

@@ -19,8 +19,7 @@ from diffpeft.files.checkpoint import skeleton_of
 from diffpeft.files.encoding import stored_size
 from diffpeft.files.keys import owners
 from diffpeft.sparse.combine import combine as combine_diffs
-from diffpeft.sparse.compare import overlap
-from diffpeft.sparse.diff import count_nonzeros
+from diffpeft.sparse.diff import count_nonzeros, overlap
 from diffpeft.tools.export.checkpoint import to_checkpoint
 from diffpeft.tools.export.coo import to_coo
 from diffpeft.tools.export.peft import to_super_tuning

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from diffpeft.gates.update.in_backward import InBackward
@@ -82,22 +82,20 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         """The callback's part of a checkpoint's trainer_state.json, asked for when the adapter is saved."""
         names = ("gating_ratio", "gating_steps", "fixmask_learning_rate", "fixmask_warmup_steps")
         arguments = {name: getattr(self, name) for name in names}
-        state = {"args": arguments, "attributes": {"transition_step": self.transition_step}}
-        if self._tuner is None or self._rates is None:
-            return state
-        saved = {**self._settings, "adapter": resume.checksum(self._tuner, self._tuner.active_adapters[0])}
-        return {**state, "saved": {**saved, "fixmask_factors": self._rates.fixmask_factors}}
+        state: dict[str, Any] = {"args": arguments, "attributes": {"transition_step": self.transition_step}}
+        if self._tuner is not None and self._rates is not None:
+            adapter = resume.checksum(self._tuner, self._tuner.active_adapters[0])
+            state["saved"] = {**self._settings, "adapter": adapter, "fixmask_factors": self._rates.fixmask_factors}
+        return state
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         """Check how the Trainer was launched, before anything is sharded."""
         tuner = DiffPruningModel.of(kwargs["model"])
         if tuner is not None:
-            check_launch(args, tuner.phase() == "gating", self.fixmask_warmup_steps, _is_low_memory(tuner))
+            self._check_launch(args, tuner)
             tuner.open_values()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Check that model, run and checkpoint fit together, before any work is done."""
         model = kwargs["model"]
         tuner = DiffPruningModel.of(model)
@@ -106,17 +104,13 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}); wrap it "
                 "first: model = get_peft_model(model, DiffPruningConfig())"
             )
-        check_launch(args, tuner.phase() == "gating", self.fixmask_warmup_steps, _is_low_memory(tuner))
-        self.transition_step = self._gating_steps(state)
-        self._skipped = 0
-        name = tuner.resolve(None)
-        factors: list[float] = []
+        gating = self._check_launch(args, tuner)
+        self.transition_step, self._skipped = self._gating_steps(state), 0
+        name, factors = tuner.resolve(None), []
         if state.global_step:
-            arguments = {key: getattr(self, key) for key in ("fixmask_learning_rate", "fixmask_warmup_steps")}
-            saved = resume.saved_state(state, type(self).__name__, self.transition_step, arguments)
+            saved = resume.saved_state(state, self)
             resume.check(tuner, name, saved)
             factors = saved["fixmask_factors"]
-        gating = tuner.phase() == "gating"
         if gating and state.global_step >= self.transition_step:
             raise ValueError(
                 f"the adapter is in gating, but the run is at step {state.global_step} and gating ends after "
@@ -132,14 +126,21 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         if _is_low_memory(tuner):
             self._in_backward = tuner.update_in_backward(kwargs["optimizer"])
         rate = self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate
-        warmup = self.fixmask_warmup_steps
-        self._rates = RateSchedule(args.learning_rate, rate, self.transition_step, state.max_steps, warmup, factors)
+        lengths = self.transition_step, state.max_steps, self.fixmask_warmup_steps
+        self._rates = RateSchedule(args.learning_rate, rate, *lengths, factors)
         self._tuner, self._settings = tuner, resume.settings(tuner, name)
         self._ddp.watch(model)
 
+    def _check_launch(self, args: TrainingArguments, tuner: DiffPruningModel) -> bool:
+        """Raise ValueError where the launch does not suit the adapter; returns whether that is in gating."""
+        gating = tuner.phase() == "gating"
+        check_launch(args, gating, self.fixmask_warmup_steps, _is_low_memory(tuner))
+        return gating
+
     def _gating_steps(self, state: TrainerState) -> int:
-        steps: int = self.gating_steps or 0
-        if self.gating_steps is None:
+        """The last step of gating."""
+        steps = self.gating_steps
+        if steps is None:
             steps = max(1, round(self.gating_ratio * state.max_steps))
         if steps > state.max_steps:
             raise ValueError(
@@ -148,16 +149,12 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             )
         return steps
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
         """Set the learning rate of the low-memory mode's updates, which come within the backward pass."""
         if self._in_backward is not None and self._tuner is not None and self._rates is not None:
             self._in_backward.rate_factor = self._rates.gating_factor(_density_progress(self._tuner))
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Move the gates, after gradients were clipped, so that nothing scales the penalty; set the learning rate.
 
         With the automatic penalty the rate goes over to fixmask's as the expected density falls. With a fixed lambda it
@@ -169,7 +166,10 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         if tuner.is_gated():
             finite = not math.isnan(tuner.gate_step(state.global_step, self.transition_step))
         else:
-            finite = _finite_gradients(optimizer)
+            gradients = [
+                p.grad.sum() for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+            ]
+            finite = not gradients or bool(torch.stack(gradients).isfinite().all())
         self._check_finite(finite, args, state)
         progress = _density_progress(tuner) if tuner.phase() == "gating" else None
         setattr(state, USED_RATE_ATTRIBUTE, self._rates.apply(optimizer, state.global_step, progress))
@@ -185,14 +185,12 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 "from the last checkpoint"
             )
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         """Give the optimizer its scheduled learning rates back."""
         if self._rates is not None:
             self._rates.restore(kwargs["optimizer"])
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Prune at the end of gating, before the step's evaluation and checkpoint."""
         tuner, rates = self._tuner, self._rates
         if tuner is None or rates is None or state.global_step > self.transition_step:
@@ -213,15 +211,12 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             show = logger.info if args.disable_tqdm else tqdm.write
             show(f"step {state.global_step}: {summary}")
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Prune what was stopped in gating, and let go of the model."""
-        tuner, self._tuner = self._tuner, None
+        tuner, in_backward, self._tuner, self._in_backward = self._tuner, self._in_backward, None, None
         self._ddp.stop()
-        if self._in_backward is not None:
-            self._in_backward.remove()
-            self._in_backward = None
+        if in_backward is not None:
+            in_backward.remove()
         if tuner is not None and tuner.phase() == "gating":
             warnings.warn(
                 f"training was stopped at step {state.global_step}, in gating, which lasts until step "
@@ -236,11 +231,6 @@ def _is_low_memory(tuner: DiffPruningModel) -> bool:
     """Whether the active adapter is in gating, in the low-memory mode."""
     name = tuner.active_adapters[0]
     return tuner.is_gated(name) and bool(tuner.peft_config[name].low_memory)
-
-
-def _finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return not gradients or bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all())
 
 
 def _density_progress(tuner: DiffPruningModel) -> float:

@@ -47,9 +47,7 @@ def check_launch(args: TrainingArguments, gating: bool, warmup: float, low_memor
     elif kind == DistributedType.DEEPSPEED:
         _check_deepspeed(state.deepspeed_plugin.zero_stage, warmup)
     elif kind == DistributedType.MEGATRON_LM or (kind == DistributedType.XLA and args.fsdp):
-        raise ValueError(
-            f"{kind.value} splits the parameters that diffs belong to; use DistributedDataParallel or FSDP2"
-        )
+        raise ValueError(f"{kind.value} splits the parameters that diffs change; use DistributedDataParallel or FSDP2")
     else:
         return
     if gating:
@@ -65,9 +63,7 @@ def _check_fsdp(plugin: Any) -> None:
             "fsdp_cpu_ram_efficient_loading: false"
         )
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise ValueError(
-            f"{plugin.state_dict_type} saves pieces of adapters; set fsdp_state_dict_type: FULL_STATE_DICT"
-        )
+        raise ValueError(f"{plugin.state_dict_type} saves pieces of adapters; set it to FULL_STATE_DICT")
 
 
 def _check_deepspeed(stage: int, warmup: float) -> None:

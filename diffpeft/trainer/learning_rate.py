@@ -1,10 +1,8 @@
 """The learning rate of an update: the scheduled one, times a factor of the phase."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
-import torch
+from torch.optim import Optimizer
 
 USED_RATE_ATTRIBUTE = "diffpruning_learning_rate"
 """Attribute of the Trainer's state: the learning rate of the last update, which the scheduler does not know."""
@@ -35,8 +33,7 @@ class RateSchedule:
         warmup: float = 0,
         fixmask_factors: Sequence[float] = (),
     ) -> None:
-        self.fixmask_factors = list(fixmask_factors)
-        """Fixmask's rate / the scheduled one, of each group; empty before fixmask: all are 1."""
+        self.fixmask_factors = list(fixmask_factors)  # empty before fixmask: all are 1
         self._ratio = fixmask_rate / learning_rate
         self._fixmask_rate = fixmask_rate
         self._transition_step, self._max_steps = transition_step, max_steps
@@ -47,38 +44,34 @@ class RateSchedule:
         """The factor of all groups in gating, given how far the density has fallen, in [0, 1]."""
         return float(self._ratio**progress)
 
-    def begin_fixmask(self, optimizer: torch.optim.Optimizer) -> None:
+    def begin_fixmask(self, optimizer: Optimizer) -> None:
         """Note the factors of fixmask; call it after the last update of gating."""
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         self.fixmask_factors = [self._fixmask_rate / rate if rate > 0 else 1.0 for rate in rates]
 
-    def apply(self, optimizer: torch.optim.Optimizer, step: int, progress: float | None) -> float:
-        """Set the rates of an update.
+    def apply(self, optimizer: Optimizer, step: int, progress: float | None) -> float:
+        """Set the rates of an update; returns that of the first group.
 
         Args:
             optimizer: its groups have the scheduled rates.
             step: number of updates before this one.
             progress: how far the density has fallen in gating, in [0, 1]; None in fixmask.
-
-        Returns:
-            The rate of the first group.
         """
         self._scheduled = [group["lr"] for group in optimizer.param_groups]
-        for group, factor in zip(optimizer.param_groups, self._factors(step, progress), strict=True):
+        factors = [1.0] * len(self._scheduled)
+        if step >= self._max_steps:  # the step that transformers takes when a run that has ended is resumed
+            factors = [0.0 for _ in factors]
+        elif progress is not None:
+            factors = [self.gating_factor(progress) for _ in factors]
+        else:
+            risen = min(1.0, (step + 1 - self._transition_step) / max(1.0, self._warmup))
+            factors = [risen * factor for factor in self.fixmask_factors or factors]
+        for group, factor in zip(optimizer.param_groups, factors, strict=True):
             group["lr"] = group["lr"] * factor
         return float(optimizer.param_groups[0]["lr"])
 
-    def _factors(self, step: int, progress: float | None) -> list[float]:
-        count = len(self._scheduled)
-        if step >= self._max_steps:  # the step that transformers takes when a run that has ended is resumed
-            return [0.0] * count
-        if progress is not None:
-            return [self.gating_factor(progress)] * count
-        risen = min(1.0, (step + 1 - self._transition_step) / max(1.0, self._warmup))
-        return [risen * factor for factor in self.fixmask_factors or [1.0] * count]
-
-    def restore(self, optimizer: torch.optim.Optimizer) -> None:
-        """Give the groups their scheduled rates back, if an update has changed them."""
+    def restore(self, optimizer: Optimizer) -> None:
+        """Restore the groups' scheduled rates, if an update has changed them."""
         for group, rate in zip(optimizer.param_groups, self._scheduled, strict=False):
             group["lr"] = rate
         self._scheduled = []

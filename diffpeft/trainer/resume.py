@@ -26,13 +26,11 @@ logger = logging.getLogger(__name__)
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     """The latest checkpoint of a Trainer's `output_dir` that was written to its end; None if there is none.
 
-    transformers' `get_last_checkpoint`, and `resume_from_checkpoint=True`, take the one with the highest number, though a
-    kill may have left it half written. The Trainer writes its state last, so a checkpoint that has it is complete.
+    transformers' `get_last_checkpoint`, and `resume_from_checkpoint=True`, take the one with the highest number, though
+    a kill may have left it half written. The Trainer writes its state last, so a checkpoint that has it is complete.
     """
-    found = [
-        path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()
-    ]
-    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    paths = [(path.name.rpartition("-")[2], path) for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    for _, path in sorted(((int(step), path) for step, path in paths if step.isdigit()), reverse=True):
         try:
             json.loads((path / TRAINER_STATE_NAME).read_text())
         except (FileNotFoundError, json.JSONDecodeError):
@@ -47,7 +45,7 @@ def checksum(tuner: BaseTuner, adapter_name: str) -> int | None:
 
     Saving and loading leave it as it is: of positions, which files encode by their dtype, the decoded ones count.
     """
-    if any(is_sharded(parameter) for parameter in tuner.parameters()):
+    if _any_sharded(tuner):
         return None
     tensors: list[Tensor] = []
     if tuner.phase(adapter_name) == "gating":
@@ -60,58 +58,56 @@ def checksum(tuner: BaseTuner, adapter_name: str) -> int | None:
     return sum(map(_sum, tensors)) % (1 << 53)  # integers that JSON readers keep
 
 
+def _any_sharded(tuner: BaseTuner) -> bool:
+    return any(is_sharded(parameter) for parameter in tuner.parameters())
+
+
 def _sum(tensor: Tensor) -> int:
-    flat = tensor.detach().reshape(-1)
-    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    return int(flat.view(width).sum(dtype=torch.int64))
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().reshape(-1).view(integers).sum(dtype=torch.int64))
 
 
 def settings(tuner: BaseTuner, adapter_name: str) -> dict[str, Any]:
     """The config's fields that decide where a run ends, as JSON has them, and the fingerprint of the base model."""
     deciding = [one.name for one in fields(tuner.peft_config[adapter_name]) if one.metadata.get("decides_run")]
     config = tuner.peft_config[adapter_name].to_dict()
-    decisive = {name: config[name] for name in deciding}
-    for name, value in decisive.items():
-        if isinstance(value, (set, frozenset)):
-            decisive[name] = sorted(value)
-    noted: dict[str, Any] = json.loads(json.dumps({"config": decisive, "base": config["base_fingerprint"]}))
-    return noted
+    noted = {"config": {name: config[name] for name in deciding}, "base": config["base_fingerprint"]}
+    return json.loads(json.dumps(noted, default=sorted))  # type: ignore[no-any-return] # sets as lists
 
 
-def saved_state(
-    state: TrainerState, callback: str, transition_step: int, arguments: Mapping[str, Any]
-) -> Mapping[str, Any]:
-    """What a checkpoint's `trainer_state.json` says of a callback's run.
+def saved_state(state: TrainerState, callback: Any) -> Mapping[str, Any]:
+    """The entries that a `DiffPruningCallback` left in a checkpoint's `trainer_state.json`.
 
     Args:
         state: the Trainer's, as loaded.
-        callback: name of the callback's class.
-        transition_step: this run's last step of gating.
-        arguments: arguments of the callback that must be the checkpoint's.
+        callback: this run's, which knows its last step of gating.
 
     Raises:
-        ValueError: the checkpoint was made without the callback, or with others of these.
+        ValueError: the checkpoint was made without the callback, or with other arguments of it.
     """
-    entry: Any = state.stateful_callbacks.get(callback)
+    name = type(callback).__name__
+    entry: Any = state.stateful_callbacks.get(name)
     if not isinstance(entry, dict) or "saved" not in entry:
         raise ValueError(
-            f"the checkpoint of step {state.global_step} has no state of {callback}: it was made without it, or with "
-            "two of them; resume from one that was made with one, or begin a new run"
+            f"the checkpoint of step {state.global_step} has no state of {name}: it was made without it, or with two "
+            "of them; resume from one that was made with one, or begin a new run"
         )
-    before = entry["attributes"]["transition_step"]
-    if before != transition_step:
+    steps, now = entry["attributes"]["transition_step"], callback.transition_step
+    if steps != now:
         raise ValueError(
-            f"the checkpoint was made with {before} gating steps, this run has {transition_step}; resume with "
-            f"gating_steps={before}"
+            f"the checkpoint was made with {steps} gating steps, this run has {now}; resume with gating_steps={steps}"
         )
-    for name, now in arguments.items():
-        if entry["args"].get(name) != now:
-            raise ValueError(
-                f"the checkpoint was made with {name}={entry['args'].get(name)}, this run has {now}; resume with the "
-                "checkpoint's, or begin a new run"
-            )
-    saved: Mapping[str, Any] = entry["saved"]
-    return saved
+    for name in ("fixmask_learning_rate", "fixmask_warmup_steps"):
+        _check_same(name, entry["args"].get(name), getattr(callback, name))
+    return entry["saved"]  # type: ignore[no-any-return]
+
+
+def _check_same(name: str, before: object, now: object) -> None:
+    if before != now:
+        raise ValueError(
+            f"the checkpoint was made with {name}={before!r}, this run has {now!r}; resume with the checkpoint's, or "
+            "begin a new run"
+        )
 
 
 def check(tuner: BaseTuner, adapter_name: str, saved: Mapping[str, Any]) -> None:
@@ -124,17 +120,12 @@ def check(tuner: BaseTuner, adapter_name: str, saved: Mapping[str, Any]) -> None
     """
     now = settings(tuner, adapter_name)
     for name, before in saved["config"].items():
-        if now["config"].get(name) != before:
-            raise ValueError(
-                f"the checkpoint was made with {name}={before!r}, this run has {now['config'].get(name)!r}; resume "
-                "with the checkpoint's, or begin a new run"
-            )
-    whole = not any(is_sharded(parameter) for parameter in tuner.parameters())
+        _check_same(name, before, now["config"].get(name))
+    base, whole = saved["base"] or {}, not _any_sharded(tuner)
     if whole:
-        other = tuner.differing_base(adapter_name, saved["base"] or {})
+        other = tuner.differing_base(adapter_name, base)
     else:  # what was noted when the adapter was made, before the base was sharded
-        noted = now["base"] or {}
-        other = [name for name, bits in (saved["base"] or {}).items() if noted.get(name) != bits]
+        other = [name for name, bits in base.items() if (now["base"] or {}).get(name) != bits]
     if other:
         raise ValueError(
             f"the checkpoint was made on another base model: {len(other)} parameters differ, {other[:3]}; resume on "

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from diffpeft import DiffPruningConfig
-from diffpeft.sparse.compare import overlap
+from diffpeft.sparse.diff import overlap
 from diffpeft.tools import cli
 
 
