@@ -107,10 +107,10 @@ def _nonzeros(diff: Diff, index: int, device: torch.device | None) -> Diff:
     """The nonzeros of diff number `index` in fp32 on `device`, as copies."""
     moved = {name: (p.to(device), v.detach().to(device, torch.float32)) for name, (p, v) in diff.items()}
     for name, (_, values) in moved.items():
-        finite = values.isfinite()
-        if not bool(finite.all()):
+        infinite = values[~values.isfinite()]
+        if len(infinite):
             raise ValueError(
-                f"diff {index} holds {float(values[~finite][0])} in {name}, which is no finite fp32 number; "
+                f"diff {index} holds {float(infinite[0])} in {name}, which is no finite fp32 number; "
                 "leave this diff out or train it again"
             )
     return _select(moved, [values != 0 for _, values in moved.values()])
@@ -160,5 +160,4 @@ def _merge(present: Sequence[tuple[Tensor, Tensor, float]], elect: str | None) -
         agrees = (values > 0) == positive[index]
         merged.index_add_(0, index, torch.where(agrees, values * weight, 0.0))
         agreeing.index_add_(0, index, agrees.to(merged.dtype))
-    # Nothing agrees only where subnormal votes were flushed to 0.
-    return positions, merged / agreeing.clamp(min=1)
+    return positions, merged / agreeing.clamp(min=1)  # none agrees only where subnormal votes were flushed to 0

@@ -37,15 +37,10 @@ def count_nonzeros(diff: Diff) -> dict[str, int]:
 
 
 def flatten_indices(name: str, indices: Tensor, shape: torch.Size) -> Tensor:
-    """Flat positions, int64, shape (k,), of entries of a parameter that are given by an index in each dimension.
-
-    Args:
-        name: of the parameter, for messages.
-        indices: integers, shape (ndim, k).
-        shape: of the parameter.
+    """Flat positions, int64, shape (k,), of entries that are given by an index in each dimension, shape (ndim, k).
 
     Raises:
-        ValueError: indices of another number of dimensions, or outside of the shape.
+        ValueError: indices of another number of dimensions than the parameter's `shape`, or outside of it.
     """
     positions = torch.zeros(indices.shape[-1], dtype=torch.int64)
     if len(indices) != len(shape):

@@ -40,10 +40,7 @@ class _SparseParameter(torch.autograd.Function):
 def sparse_parameter(base: Tensor, values: Tensor, positions: Tensor) -> Tensor:
     """The effective parameter: `base` with `values` added at flat `positions`; differentiable in `values`.
 
-    Args:
-        base: the frozen pretrained parameter, any shape and floating dtype.
-        values: floating, shape (k,).
-        positions: int64, shape (k,), sorted flat positions in `base`.
+    `base` has any shape and floating dtype, `values` (k,) are floating, `positions` (k,) int64 and sorted.
     """
     return _SparseParameter.apply(base, values, positions)  # type: ignore[no-any-return,no-untyped-call]
 

@@ -1,7 +1,5 @@
 """Adding a sparse diff to a tensor in place, and putting back to the bit what stood there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -25,10 +23,8 @@ class InplaceUpdate:
 
     A sum is rounded once, from the wider of the two dtypes, so that merged and unmerged models agree to the bit. What
     is overwritten is noted first: after an error or an interrupt, also while reverting, `revert` puts back all of it.
-    Autograd's version of a tensor stays as it is. As a context manager it applies the update for the block.
-
-    Args:
-        entries: several of one tensor add up in their order.
+    Entries of one tensor add up in their order. Autograd's version of a tensor stays as it is. As a context manager it
+    applies the update for the block.
     """
 
     def __init__(self, entries: Iterable[Entry]) -> None:
@@ -51,8 +47,7 @@ class InplaceUpdate:
     def revert(self, tensors: Sequence[Tensor] | None = None) -> None:
         """Put back what stood there before; does nothing where nothing is applied.
 
-        Args:
-            tensors: those that hold the entries now, in their order, where they are no longer the same objects.
+        `tensors` are those that hold the entries now, in their order, where they are no longer the same objects.
         """
         while self._old:
             index = len(self._old) - 1

@@ -29,10 +29,7 @@ class Threshold(NamedTuple):
 def select(scores: Tensor, threshold: Threshold, ties: int) -> tuple[Tensor, int]:
     """Positions of the scores that a threshold keeps, int64 and sorted, and how many ties may follow.
 
-    Args:
-        scores: one chunk, fp32 and nonnegative, flat.
-        threshold: the cut.
-        ties: how many scores equal to the cut may be kept from here on.
+    `scores` is one chunk, fp32 and nonnegative, flat; `ties` of those equal to the cut may be kept from here on.
     """
     bits = scores.view(torch.int32)
     kept = bits >= threshold.bits
@@ -70,13 +67,12 @@ def global_top_k(scores: Sequence[Scores], k: int) -> tuple[list[Tensor], Thresh
     threshold = global_threshold(scores, k)
     ties, kept = threshold.ties, []
     for compute in scores:
-        parts, start = [torch.empty(0, dtype=torch.int64)], 0
+        parts, start = [], 0
         for chunk in compute():
             positions, ties = select(chunk.reshape(-1), threshold, ties)
-            parts = [part.to(chunk.device) for part in parts] if not start else parts
             parts.append(positions + start)
             start += chunk.numel()
-        kept.append(torch.cat(parts))
+        kept.append(torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64))
     return kept, threshold
 
 

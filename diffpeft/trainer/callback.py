@@ -65,12 +65,9 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             raise ValueError(f"fixmask_learning_rate={fixmask_learning_rate} trains nothing; use a positive number")
         if not 0 <= fixmask_warmup_steps < math.inf:
             raise ValueError(f"fixmask_warmup_steps={fixmask_warmup_steps} is no number of steps; use 0 or more")
-        self.gating_ratio = gating_ratio
-        self.gating_steps = gating_steps
-        self.fixmask_learning_rate = fixmask_learning_rate
-        self.fixmask_warmup_steps = fixmask_warmup_steps
-        self.transition_step = 0
-        """The step at whose end pruning happens; known once training has begun."""
+        self.gating_ratio, self.gating_steps = gating_ratio, gating_steps
+        self.fixmask_learning_rate, self.fixmask_warmup_steps = fixmask_learning_rate, fixmask_warmup_steps
+        self.transition_step = 0  # the step at whose end pruning happens, known once training has begun
         self._skipped = 0
         self._tuner: DiffPruningModel | None = None
         self._rates: RateSchedule | None = None
@@ -92,7 +89,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         """Check how the Trainer was launched, before anything is sharded."""
         tuner = DiffPruningModel.of(kwargs["model"])
         if tuner is not None:
-            self._check_launch(args, tuner)
+            check_launch(args, tuner.phase() == "gating", self.fixmask_warmup_steps, _is_low_memory(tuner))
             tuner.open_values()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
@@ -104,50 +101,39 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}); wrap it "
                 "first: model = get_peft_model(model, DiffPruningConfig())"
             )
-        gating = self._check_launch(args, tuner)
-        self.transition_step, self._skipped = self._gating_steps(state), 0
-        name, factors = tuner.resolve(None), []
-        if state.global_step:
-            saved = resume.saved_state(state, self)
-            resume.check(tuner, name, saved)
-            factors = saved["fixmask_factors"]
-        if gating and state.global_step >= self.transition_step:
-            raise ValueError(
-                f"the adapter is in gating, but the run is at step {state.global_step} and gating ends after "
-                f"{self.transition_step}; use gating_steps > 0, and resume from a checkpoint that holds the adapter"
-            )
-        if not gating and state.global_step < self.transition_step:
-            raise ValueError(
-                f"the adapter is pruned already, but gating lasts until step {self.transition_step}; to go on in "
-                "fixmask use DiffPruningCallback(gating_steps=0)"
-            )
-        if not args.learning_rate > 0:
-            raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
-        if _is_low_memory(tuner):
-            self._in_backward = tuner.update_in_backward(kwargs["optimizer"])
-        rate = self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate
-        lengths = self.transition_step, state.max_steps, self.fixmask_warmup_steps
-        self._rates = RateSchedule(args.learning_rate, rate, *lengths, factors)
-        self._tuner, self._settings = tuner, resume.settings(tuner, name)
-        self._ddp.watch(model)
-
-    def _check_launch(self, args: TrainingArguments, tuner: DiffPruningModel) -> bool:
-        """Raise ValueError where the launch does not suit the adapter; returns whether that is in gating."""
-        gating = tuner.phase() == "gating"
-        check_launch(args, gating, self.fixmask_warmup_steps, _is_low_memory(tuner))
-        return gating
-
-    def _gating_steps(self, state: TrainerState) -> int:
-        """The last step of gating."""
-        steps = self.gating_steps
-        if steps is None:
-            steps = max(1, round(self.gating_ratio * state.max_steps))
+        gating, low_memory = tuner.phase() == "gating", _is_low_memory(tuner)
+        check_launch(args, gating, self.fixmask_warmup_steps, low_memory)
+        steps = max(1, round(self.gating_ratio * state.max_steps)) if self.gating_steps is None else self.gating_steps
         if steps > state.max_steps:
             raise ValueError(
                 f"gating_steps={steps} is more than the {state.max_steps} steps of the run; lower it, or raise "
                 "num_train_epochs or max_steps"
             )
-        return steps
+        self.transition_step, self._skipped = steps, 0
+        name, factors = tuner.resolve(None), []
+        if state.global_step:
+            saved = resume.saved_state(state, self)
+            resume.check(tuner, name, saved)
+            factors = saved["fixmask_factors"]
+        if gating and state.global_step >= steps:
+            raise ValueError(
+                f"the adapter is in gating, but the run is at step {state.global_step} and gating ends after {steps}; "
+                "use gating_steps > 0, and resume from a checkpoint that holds the adapter"
+            )
+        if not gating and state.global_step < steps:
+            raise ValueError(
+                f"the adapter is pruned already, but gating lasts until step {steps}; to go on in fixmask use "
+                "DiffPruningCallback(gating_steps=0)"
+            )
+        if not args.learning_rate > 0:
+            raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
+        if low_memory:
+            self._in_backward = tuner.update_in_backward(kwargs["optimizer"])
+        rate = self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate
+        warmup = self.fixmask_warmup_steps
+        self._rates = RateSchedule(args.learning_rate, rate, steps, state.max_steps, warmup, factors)
+        self._tuner, self._settings = tuner, resume.settings(tuner, name)
+        self._ddp.watch(model)
 
     def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
         """Set the learning rate of the low-memory mode's updates, which come within the backward pass."""
@@ -166,15 +152,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         if tuner.is_gated():
             finite = not math.isnan(tuner.gate_step(state.global_step, self.transition_step))
         else:
-            gradients = [
-                p.grad.sum() for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-            ]
-            finite = not gradients or bool(torch.stack(gradients).isfinite().all())
-        self._check_finite(finite, args, state)
-        progress = _density_progress(tuner) if tuner.phase() == "gating" else None
-        setattr(state, USED_RATE_ATTRIBUTE, self._rates.apply(optimizer, state.global_step, progress))
-
-    def _check_finite(self, finite: bool, args: TrainingArguments, state: TrainerState) -> None:
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            finite = not gradients or bool(torch.stack([grad.sum() for grad in gradients]).isfinite().all())
         self._skipped = 0 if finite else self._skipped + 1
         if not finite and (not args.fp16 or self._skipped > self.MAX_SKIPPED):
             ahead = "except for diffs that low_memory=True had updated by then, " if self._in_backward else ""
@@ -184,6 +163,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 "before this update. Look at the loss and the data of this step, lower the learning rate, and resume "
                 "from the last checkpoint"
             )
+        progress = _density_progress(tuner) if tuner.phase() == "gating" else None
+        setattr(state, USED_RATE_ATTRIBUTE, self._rates.apply(optimizer, state.global_step, progress))
 
     def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         """Give the optimizer its scheduled learning rates back."""
@@ -192,8 +173,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Prune at the end of gating, before the step's evaluation and checkpoint."""
-        tuner, rates = self._tuner, self._rates
-        if tuner is None or rates is None or state.global_step > self.transition_step:
+        tuner = self._tuner
+        if tuner is None or self._rates is None or state.global_step > self.transition_step:
             return
         # A metric in gating says little about the pruned diff: it must not choose the best checkpoint, which would be
         # dense, nor stop training early, nor lower the learning rate.
@@ -205,7 +186,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             return
         summary = tuner.magnitude_prune(optimizer=kwargs["optimizer"])
         self._in_backward = None
-        rates.begin_fixmask(kwargs["optimizer"])
+        self._rates.begin_fixmask(kwargs["optimizer"])
         self._ddp.rebuild()
         if state.is_world_process_zero:
             show = logger.info if args.disable_tqdm else tqdm.write
@@ -234,6 +215,6 @@ def _is_low_memory(tuner: DiffPruningModel) -> bool:
 
 
 def _density_progress(tuner: DiffPruningModel) -> float:
-    """How far the density has fallen, for the learning rate: 0 where gates do not close by the automatic penalty."""
+    """The share of the density's fall that is done, for the learning rate: 0 without the automatic penalty."""
     automatic = tuner.is_gated() and tuner.peft_config[tuner.active_adapters[0]].l0_lambda == "auto"
     return tuner.density_progress() if automatic else 0.0

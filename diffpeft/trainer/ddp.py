@@ -31,12 +31,11 @@ class DDPFinder:
         self._handle = self._ddp = None
 
     def rebuild(self) -> None:
-        """Build the wrapper again, in place, for the parameters that the model has now; without one, do nothing.
+        """Build the wrapper, if there is one, again in place for the parameters that the model has now.
 
         Its constructor also checks that all ranks have the same parameters and gives them rank 0's values.
         """
-        ddp = self._ddp
-        if ddp is None:
+        if (ddp := self._ddp) is None:
             return
         DistributedDataParallel.__init__(
             ddp,

@@ -4,8 +4,6 @@ The k values of a pruned adapter are ordinary parameters, whatever shards them. 
 rule that looks at all of them, and pruning replaces parameters; a process with pieces of the model can do neither.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from accelerate.state import AcceleratorState
@@ -19,11 +17,7 @@ from diffpeft.sparse.sharded import REMEDY
 def check_launch(args: TrainingArguments, gating: bool, warmup: float, low_memory: bool = False) -> None:
     """Raise ValueError for ways to launch the Trainer in which gates or values would train wrongly.
 
-    Args:
-        args: the Trainer's.
-        gating: whether there are gates to learn.
-        warmup: fixmask's own warm-up, in steps or as a share.
-        low_memory: whether gates are learned in the low-memory mode.
+    It matters whether gates are learned, perhaps in the low-memory mode, and whether fixmask has a warm-up of its own.
     """
     if low_memory:
         check_low_memory()
@@ -45,7 +39,14 @@ def check_launch(args: TrainingArguments, gating: bool, warmup: float, low_memor
     if kind == DistributedType.FSDP:
         _check_fsdp(state.fsdp_plugin)
     elif kind == DistributedType.DEEPSPEED:
-        _check_deepspeed(state.deepspeed_plugin.zero_stage, warmup)
+        stage = state.deepspeed_plugin.zero_stage
+        if stage > 2:
+            raise ValueError(f"ZeRO stage {stage} takes base weights away between modules; use stage 1 or 2, or FSDP2")
+        if warmup:
+            raise ValueError(
+                f"fixmask_warmup_steps={warmup} cannot be had: DeepSpeed updates the weights before the callback can "
+                "set a learning rate; use warmup_steps of the Trainer's arguments"
+            )
     elif kind == DistributedType.MEGATRON_LM or (kind == DistributedType.XLA and args.fsdp):
         raise ValueError(f"{kind.value} splits the parameters that diffs change; use DistributedDataParallel or FSDP2")
     else:
@@ -63,14 +64,4 @@ def _check_fsdp(plugin: Any) -> None:
             "fsdp_cpu_ram_efficient_loading: false"
         )
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise ValueError(f"{plugin.state_dict_type} saves pieces of adapters; set it to FULL_STATE_DICT")
-
-
-def _check_deepspeed(stage: int, warmup: float) -> None:
-    if stage > 2:
-        raise ValueError(f"ZeRO stage {stage} takes base weights away between modules; use stage 1 or 2, or FSDP2")
-    if warmup:
-        raise ValueError(
-            f"fixmask_warmup_steps={warmup} cannot be had: DeepSpeed updates the weights before the callback can set a "
-            "learning rate; use warmup_steps of the Trainer's arguments"
-        )
+        raise ValueError(f"{plugin.state_dict_type} splits adapters; set fsdp_state_dict_type: FULL_STATE_DICT")

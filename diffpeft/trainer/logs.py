@@ -1,25 +1,19 @@
 """Entries of the Trainer's logs: phase, expected density, nonzeros, and the learning rate that was used."""
 
-from __future__ import annotations
-
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, trainer
+from transformers import TrainerCallback, TrainerState, trainer
 
 from diffpeft.model import DiffPruningModel
 from diffpeft.trainer.learning_rate import USED_RATE_ATTRIBUTE
 
 
 class DiffPruningLogCallback(TrainerCallback):
-    """Adds the adapter's state and the learning rate that was used to each training log.
+    """Adds the state of a diff-pruning adapter and the learning rate that was used to each training log."""
 
-    Does nothing for a model without a diff-pruning adapter.
-    """
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Add `diffpruning/*` to the log entry and to its copy in `log_history`."""
-        tuner = DiffPruningModel.of(kwargs.get("model"))
-        logs = kwargs.get("logs")
+        tuner, logs = DiffPruningModel.of(kwargs.get("model")), kwargs.get("logs")
         if tuner is None or len(tuner.active_adapters) != 1 or logs is None or "loss" not in logs:
             return
         entry: dict[str, Any] = {"diffpruning/phase": tuner.phase()}

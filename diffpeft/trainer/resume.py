@@ -1,7 +1,5 @@
 """Checks that a run goes on exactly from a Trainer's checkpoint, and which checkpoint to go on from."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -76,14 +74,10 @@ def settings(tuner: BaseTuner, adapter_name: str) -> dict[str, Any]:
 
 
 def saved_state(state: TrainerState, callback: Any) -> Mapping[str, Any]:
-    """The entries that a `DiffPruningCallback` left in a checkpoint's `trainer_state.json`.
-
-    Args:
-        state: the Trainer's, as loaded.
-        callback: this run's, which knows its last step of gating.
+    """The entries that a `DiffPruningCallback` left in a checkpoint's `trainer_state.json`, loaded as `state`.
 
     Raises:
-        ValueError: the checkpoint was made without the callback, or with other arguments of it.
+        ValueError: the checkpoint was made without this run's `callback`, or with other arguments of it.
     """
     name = type(callback).__name__
     entry: Any = state.stateful_callbacks.get(name)
@@ -113,10 +107,7 @@ def _check_same(name: str, before: object, now: object) -> None:
 def check(tuner: BaseTuner, adapter_name: str, saved: Mapping[str, Any]) -> None:
     """Raise ValueError unless the adapter, as it was loaded, its config and its base are those of a checkpoint.
 
-    Args:
-        tuner: after loading.
-        adapter_name: the adapter that trains.
-        saved: [`settings`] and, as "adapter", the [`checksum`] from when the checkpoint was written.
+    `saved` is [`settings`] and, as "adapter", the [`checksum`] from when the checkpoint was written.
     """
     now = settings(tuner, adapter_name)
     for name, before in saved["config"].items():
