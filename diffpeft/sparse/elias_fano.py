@@ -47,14 +47,9 @@ def packed_size(count: int, numel: int) -> int:
 
 
 def pack(positions: Tensor, numel: int) -> Tensor:
-    """Encode strictly increasing positions.
+    """Encode strictly increasing positions in [0, numel), int64, shape (k,), as uint8, shape (packed_size(k, numel),).
 
-    Args:
-        positions: int64, shape (k,), strictly increasing, in [0, numel).
-        numel: the number of elements that the positions index, at least 1 if k > 0.
-
-    Returns:
-        uint8, shape (packed_size(k, numel),), on the device of `positions`.
+    The code is on the device of `positions`.
 
     Raises:
         ValueError: positions out of order or out of range.
