@@ -1,16 +1,15 @@
 """Chains of elementwise operations, each compiled into one loop: C++ on a CPU, Triton on a GPU.
 
-torch.compile looks at every call for what could make other code necessary, which takes longer than a small loop, above
-all where a matrix product has just emptied the caches. So what it made is kept by the arguments' dtypes, shapes and
-constants, and called without asking again where these are known. Without a compiler a warning says so, once, and all
-runs eagerly, on a CPU in chunks that stay in its cache.
+torch.compile's own checks take longer at each call than a small loop. So what it made is kept by the arguments' dtypes,
+shapes and constants, and called at once where these are known. Without a compiler a warning says so, once, and all runs
+eagerly, on a CPU in chunks that stay in its cache.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,21 +45,16 @@ def split_flat(tensor: Tensor) -> tuple[Tensor, ...]:
     return torch.split(flat, CHUNK_ELEMENTS if tensor.device.type == "cpu" else GPU_CHUNK_ELEMENTS)
 
 
-def _leaves(arguments: Sequence[Any]) -> Iterator[Any]:
+def _leaves(arguments: Sequence[Any]) -> list[Any]:
     """The arguments, each tuple's members in its place."""
-    for argument in arguments:
-        if isinstance(argument, tuple):
-            yield from argument
-        else:
-            yield argument
+    return [leaf for argument in arguments for leaf in (argument if isinstance(argument, tuple) else (argument,))]
 
 
 class _Launch(NamedTuple):
-    """A compiled loop, for arguments like some that were there before."""
+    """A compiled loop, and for each input whether it is an argument, and which; or which number."""
 
     run: Callable[..., Sequence[Tensor]]
     inputs: tuple[tuple[bool, Any], ...]
-    """For each input: whether it is an argument, and which; or which number."""
 
     def __call__(self, leaves: Sequence[Any]) -> Any:
         results = self.run(*(leaves[value] if given else value for given, value in self.inputs))
@@ -73,11 +67,7 @@ def _is_number(value: Any) -> bool:
 
 
 class CompiledChain:
-    """A chain, compiled for a number of threads.
-
-    The size that comes first would decide whether a loop is parallel, and the compiler's cache on disk does not know
-    for how many threads: so the number is said, and small tensors have a loop of their own.
-    """
+    """A chain, compiled for a number of threads, which the compiler would choose by the size that comes first."""
 
     def __init__(self, chain: Callable[..., Any], threads: int) -> None:
         self._options = {
@@ -103,7 +93,7 @@ class CompiledChain:
 
     def __call__(self, arguments: Sequence[Any], keep: bool) -> Any:
         """The chain's result; `keep` what was compiled for when such shapes come again."""
-        leaves = list(_leaves(arguments))
+        leaves = _leaves(arguments)
         if not keep:
             return self.check(arguments, leaves)[0]
         key = tuple([(a.dtype, a.shape, a.device) if isinstance(a, Tensor) else a for a in leaves])
@@ -145,14 +135,13 @@ def compile_and_run(chain: Callable[..., Any], *arguments: Any, keep: bool = Tru
     if broken:
         return False, None
     try:
-        first: Tensor = next(_leaves(arguments))
+        first: Tensor = _leaves(arguments)[0]
         threads = torch.get_num_threads() if first.numel() >= MIN_PARALLEL_ELEMENTS else 1
         return True, compiled(chain, threads)(arguments, keep)
     except torch.OutOfMemoryError:
         raise
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError, OSError, ImportError) as error:
-        # A chain fails when it is compiled, before it has written anything. What is wrong with its arguments shows in
-        # eager mode.
+        # A chain fails when compiled, before it has written anything. Wrong arguments show in eager mode.
         broken.append(error)
         logger.warning(
             "gates and diffs run eagerly, which is slower: torch.compile fails with %s: %s. It takes a C++ compiler "
@@ -163,42 +152,36 @@ def compile_and_run(chain: Callable[..., Any], *arguments: Any, keep: bool = Tru
         return False, None
 
 
-def run(
-    chain: Callable[..., Any], tensors: Sequence[Tensor], *settings: Any, fused: bool = False, whole: bool = False
-) -> Any:
-    """Run a chain on tensors of one shape; what it returns is added up.
+def elementwise(chain: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a chain a function of whole tensors of one shape; what it returns for chunks of them is added up.
 
     Args:
-        chain: takes chunks of the tensors as a tuple, the position of the first element, and the settings.
-        tensors: without gradient; the chain may write to them.
-        settings: tensors, tuples of tensors and constants, all hashable.
-        fused: whether to compile.
-        whole: whether the chain is to see the tensors in their shape, and shapes will not come again.
+        chain: takes chunks of the tensors as a tuple, the position of the first element, and settings.
+
+    Returns:
+        A function of tensors without gradient, which the chain may write to; of settings, tensors, tuples of tensors
+        and constants; of `fused`, whether to compile; and of `whole`, whether the chain is to see the tensors in their
+        shape, and shapes will not come again.
     """
-    tensors = tuple(tensor.detach() for tensor in tensors)
-    if torch.compiler.is_compiling():
-        return chain(tensors, 0, *settings)
-    flat = all(tensor.is_contiguous() for tensor in tensors)
-    if flat and not whole:
-        tensors = tuple(tensor.view(-1) for tensor in tensors)
-    if fused and flat and tensors[0].numel() > 1:
-        done, result = compile_and_run(chain, tensors, 0, *settings, keep=not whole)
-        if done:
-            return result
-    if not flat or whole or tensors[0].device.type != "cpu" or tensors[0].numel() <= CHUNK_ELEMENTS:
-        return chain(tensors, 0, *settings)
-    results, start = [], 0
-    for chunks in zip(*(torch.split(tensor, CHUNK_ELEMENTS) for tensor in tensors), strict=True):
-        results.append(chain(chunks, start, *settings))
-        start += chunks[0].numel()
-    return None if results[0] is None else torch.stack(results).sum()
-
-
-def elementwise(chain: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a chain, which is written for chunks, a function of whole tensors: [`run`] without its first argument."""
 
     @functools.wraps(chain)
     def launch(tensors: Sequence[Tensor], *settings: Any, fused: bool = False, whole: bool = False) -> Any:
-        return run(chain, tensors, *settings, fused=fused, whole=whole)
+        tensors = tuple(tensor.detach() for tensor in tensors)
+        if torch.compiler.is_compiling():
+            return chain(tensors, 0, *settings)
+        flat = all(tensor.is_contiguous() for tensor in tensors)
+        if flat and not whole:
+            tensors = tuple(tensor.view(-1) for tensor in tensors)
+        if fused and flat and tensors[0].numel() > 1:
+            done, result = compile_and_run(chain, tensors, 0, *settings, keep=not whole)
+            if done:
+                return result
+        if not flat or whole or tensors[0].device.type != "cpu" or tensors[0].numel() <= CHUNK_ELEMENTS:
+            return chain(tensors, 0, *settings)
+        results, start = [], 0
+        for chunks in zip(*(torch.split(tensor, CHUNK_ELEMENTS) for tensor in tensors), strict=True):
+            results.append(chain(chunks, start, *settings))
+            start += chunks[0].numel()
+        return None if results[0] is None else torch.stack(results).sum()
 
     return launch

@@ -1,4 +1,4 @@
-"""The seeds of one forward pass of a model, and what lives as long as the pass."""
+"""The seeds of one forward pass of a model, and memory that lives as long as the pass or is used again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.gates.noise import new_seed
-from diffpeft.gates.workspace import Workspace
 
 MAX_ALIASES = 1 << 16
 """Repeated uses remembered for gradient checkpointing: many forward passes of any model that shares parameters."""
@@ -40,13 +39,56 @@ def may_be_replayed() -> bool:
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+class Workspace:
+    """Memory on a CPU that one module after the other uses, or that a tensor keeps from forward to backward.
+
+    Fresh pages cost more than the arithmetic that fills them. A GPU's allocator keeps its own.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[Hashable, torch.dtype], Tensor] = {}
+        self._reservations: dict[Hashable, object] = {}
+
+    def take(self, use: Hashable, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor, valid until memory for the same use is taken again."""
+        self._reservations.pop(use, None)
+        if device.type != "cpu" or torch.compiler.is_compiling():
+            return torch.empty(shape, dtype=dtype, device=device)
+        buffer = self._buffers.get((use, dtype))
+        if buffer is None or buffer.numel() < shape.numel():
+            buffer = self._buffers[use, dtype] = torch.empty(shape.numel(), dtype=dtype)
+        return buffer[: shape.numel()].view(shape)
+
+    def reserve(self, use: Hashable) -> object:
+        """A token by which [`reserved`] knows what was written into the memory just taken."""
+        token = self._reservations[use] = object()
+        return token
+
+    def reserved(self, use: Hashable, token: object, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """The tensor that was written, if it is still there: on a CPU, until memory for the same use is taken again."""
+        buffer = self._buffers.get((use, dtype))
+        if buffer is None or self._reservations.get(use) is not token:
+            return None
+        return buffer[: shape.numel()].view(shape)
+
+    def uses(self) -> set[Hashable]:
+        """The uses that memory is reserved for now."""
+        return set(self._reservations)
+
+    def clear(self) -> None:
+        """Let go of the memory."""
+        self._buffers, self._reservations = {}, {}
+
+    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
+        return Workspace, ()  # a copy begins with none
+
+
 class ForwardPass:
     """The state of one forward pass of a model: a seed for each parameter, however often the pass uses it.
 
     A tied embedding, or a layer that runs twelve times, is one parameter with one gate (arXiv 2012.07463, section 2).
-    Every use draws from torch's generator. The pass's first draw and the parameter's name tell its seed, in any order
-    of uses. Gradient checkpointing replays parts of a pass later, with the generator's state restored: the draw comes
-    out the same, and `_aliases` tells what it stood for.
+    Every use draws from torch's generator; the pass's first draw and the parameter's name tell the seed. Gradient
+    checkpointing replays parts of a pass with the generator's state restored: `_aliases` tells what a draw stood for.
     """
 
     def __init__(self) -> None:

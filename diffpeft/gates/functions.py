@@ -1,8 +1,7 @@
 """Parameters under sampled gates, and linear layers and embeddings that use them without keeping them.
 
-The effective parameter is made for a forward pass, let go of, and made again for the backward pass, from the seed of
-its noise: between the two only the module's input is kept. Weights of linear layers may stay in memory that every pass
-uses again. [`diffpeft.gates.hard_concrete.gated_parameter`] is the plain form, with noise that is given.
+The effective parameter is made for a forward pass, let go of, and made again for the backward pass from the seed of its
+noise; weights of linear layers may stay in memory that every pass uses again.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from diffpeft.gates import kernels
+from diffpeft.gates.forward_pass import Workspace
 from diffpeft.gates.hard_concrete import GatedTensors, Stretch, stretch_and_clamp
 from diffpeft.gates.kernels import Draw
 from diffpeft.gates.noise import seed_words, uniform, uniform_scalar
-from diffpeft.gates.workspace import Workspace
 from diffpeft.sparse.functions import compute_dtype, embedding_gradient
 
 Accumulate = Callable[[Tensor, Tensor | None], None]
@@ -70,12 +69,11 @@ class _Gates:
 
     def weight(self, base: Tensor, w: Tensor, log_alpha: Tensor, dtype: torch.dtype, reserve: bool = False) -> Tensor:
         """The effective parameter, in memory that the next one takes or that is reserved until the next pass."""
-        workspace, use = self.sample.workspace, self.sample.reserve_as
-        if not reserve or use is None:
-            return self.effective(workspace.take("weight", w.shape, dtype, w.device), base, w, log_alpha)
-        made = self.effective(workspace.take(use, w.shape, dtype, w.device), base, w, log_alpha)
-        self.reservation = workspace.reserve(use)
-        return made
+        workspace, use = self.sample.workspace, self.sample.reserve_as if reserve else None
+        out = workspace.take("weight" if use is None else use, w.shape, dtype, w.device)
+        if use is not None:
+            self.reservation = workspace.reserve(use)
+        return self.effective(out, base, w, log_alpha)
 
     def weight_again(self, base: Tensor, w: Tensor, log_alpha: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight of the forward pass, in the backward pass."""
@@ -89,11 +87,7 @@ class _Gates:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradients by w, by the elements' log_alpha unless it is accumulated, and by the group's.
 
-        Args:
-            grad: of the effective parameter, or of `rows` of it, each of them once.
-            w: all of the diff.
-            log_alpha: of all elements.
-            rows: int64, shape (n,).
+        `grad` is that of the effective parameter, or of `rows` of it (int64, shape (n,)), each of them once.
         """
         accumulate, draw = self.sample.accumulate, self.draw._replace(rows=rows)
         own_w, own_log_alpha = (tensor if rows is None else tensor.index_select(0, rows) for tensor in (w, log_alpha))

@@ -14,6 +14,7 @@ from diffpeft import DiffPruningConfig
 from diffpeft.gates import compile as compiling
 from diffpeft.gates import hard_concrete as gates
 from diffpeft.gates import kernels
+from diffpeft.gates.forward_pass import Workspace
 from diffpeft.gates.functions import (
     GatedTensors,
     GateSample,
@@ -24,7 +25,6 @@ from diffpeft.gates.functions import (
 from diffpeft.gates.noise import new_seed, seed_words, uniform
 from diffpeft.gates.update import kernels as update_kernels
 from diffpeft.gates.update.state import StoredGates
-from diffpeft.gates.workspace import Workspace
 from diffpeft.tuner import injection
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles

@@ -6,10 +6,10 @@ from peft import get_peft_model
 from torch import nn
 
 from diffpeft import DiffPruningConfig
+from diffpeft.gates.forward_pass import Workspace
 from diffpeft.gates.functions import GatedTensors, GateSample, gated_parameter_sampled
 from diffpeft.gates.noise import new_seed
 from diffpeft.gates.small_parameters import SmallParameter, small_parameters
-from diffpeft.gates.workspace import Workspace
 from diffpeft.layer import run
 
 STRETCH = (-1.5, 1.5)

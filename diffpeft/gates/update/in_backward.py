@@ -17,6 +17,11 @@ from diffpeft.gates.update.factored import DiffMoments
 from diffpeft.gates.update.held import DIFF_MOMENTS, GatedLayer, UpdateStatus, status_of
 from diffpeft.gates.update.state import StoredGates
 
+StepFunction = Callable[[Tensor, float, float], bool]
+"""Uses a gradient, given learning rate and weight decay; returns whether it was finite."""
+Status = Callable[[], UpdateStatus]
+"""The state of the next update."""
+
 
 class BackwardStep(NamedTuple):
     """A parameter that steps within the backward pass."""
@@ -24,12 +29,10 @@ class BackwardStep(NamedTuple):
     label: str
     """Its name in errors."""
     parameter: Tensor
-    step: Callable[[Tensor, float, float], bool]
-    """Uses a gradient, given learning rate and weight decay; returns whether it was finite."""
+    step: StepFunction
     in_optimizer: bool
     """Whether learning rate and weight decay matter, so that the optimizer must hold it."""
-    status: Callable[[], UpdateStatus]
-    """State of the update."""
+    status: Status
 
 
 class InBackward:
@@ -71,8 +74,8 @@ class InBackward:
             )
         for one in steps:
             _release(one)
-            held = _Hook(one.label, one.step, one.status, index_of.get(one.parameter))
-            hook = partial(self._step, held)
+            # The parameter itself is no part of the hook: it would live as long as that.
+            hook = partial(self._step, one.label, one.step, one.status, index_of.get(one.parameter))
             register: Any = one.parameter.register_post_accumulate_grad_hook
             self._handles.append(register(hook))
 
@@ -82,22 +85,24 @@ class InBackward:
             handle.remove()
         self._handles = []
 
-    def _step(self, held: _Hook, parameter: Tensor) -> None:
+    def _step(
+        self, label: str, step: StepFunction, status_of_update: Status, index: int | None, parameter: Tensor
+    ) -> None:
         grad = parameter.grad
         if grad is None or not GradientState().sync_gradients:
             return
         parameter.grad = None
-        status = held.status()
-        if held.label in status.updated:
+        status = status_of_update()
+        if label in status.updated:
             raise RuntimeError(
-                f"{held.label} got a gradient twice for one update, and with low_memory=True the first is used up by "
+                f"{label} got a gradient twice for one update, and with low_memory=True the first is used up by "
                 "then: checkpoint gradients with use_reentrant=False, accumulate them within "
                 "accelerator.accumulate(model), and call gate_step after every update"
             )
-        status.updated.add(held.label)
-        group = {} if held.group is None else self._optimizer.param_groups[held.group]
+        status.updated.add(label)
+        group = {} if index is None else self._optimizer.param_groups[index]
         rate, decay = float(group.get("lr", 0.0)) * self.rate_factor, float(group.get("weight_decay", 0.0))
-        status.finite &= held.step(grad, rate, decay)
+        status.finite &= step(grad, rate, decay)
 
 
 def _release(one: BackwardStep) -> None:
@@ -109,15 +114,6 @@ def _release(one: BackwardStep) -> None:
     status = one.status()
     status.finite = True
     status.updated.clear()
-
-
-class _Hook(NamedTuple):
-    """A [`BackwardStep`] without its parameter, which would live as long as its hook."""
-
-    label: str
-    step: Callable[[Tensor, float, float], bool]
-    status: Callable[[], UpdateStatus]
-    group: int | None
 
 
 def backward_steps(layer: GatedLayer, adapter_name: str) -> list[BackwardStep]:
@@ -183,7 +179,7 @@ def finish_update(layer: GatedLayer, adapter_name: str) -> bool:
 
 
 def check_low_memory() -> None:
-    """Raise ValueError where gradients that are used within the backward pass would not be the update's.
+    """Check that gradients within the backward pass are those of the update.
 
     Raises:
         ValueError: several processes, which average gradients after it; fp16, whose scaler unscales them after it.
