@@ -5,12 +5,10 @@ shapes and constants, and called at once where these are known. Without a compil
 eagerly, on a CPU in chunks that stay in its cache.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +33,7 @@ broken: list[BaseException] = []
 """Why nothing is compiled in this process any more."""
 
 _Seen = tuple[Callable[..., Any], Sequence[Any]]
+"""A compiled loop and its inputs; for a launch that is kept, (whether it is an argument, index or value) of each."""
 
 
 def split_flat(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -50,22 +49,6 @@ def _leaves(arguments: Sequence[Any]) -> list[Any]:
     return [leaf for argument in arguments for leaf in (argument if isinstance(argument, tuple) else (argument,))]
 
 
-class _Launch(NamedTuple):
-    """A compiled loop, and for each input whether it is an argument, and which; or which number."""
-
-    run: Callable[..., Sequence[Tensor]]
-    inputs: tuple[tuple[bool, Any], ...]
-
-    def __call__(self, leaves: Sequence[Any]) -> Any:
-        results = self.run(*(leaves[value] if given else value for given, value in self.inputs))
-        return results[0] if results else None
-
-
-def _is_number(value: Any) -> bool:
-    """Whether an input is a size or another number, which torch.compile passes where it has seen several."""
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
-
-
 class CompiledChain:
     """A chain, compiled for a number of threads, which the compiler would choose by the size that comes first."""
 
@@ -78,7 +61,7 @@ class CompiledChain:
         self._checked = torch.compile(chain, backend=self._compile)
         self._marked = False
         self._seen: _Seen | None = None
-        self._launches: dict[Any, _Launch] = {}
+        self._launches: dict[Any, _Seen] = {}
 
     def _compile(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph (torch.compile's backend) into a function that notes what it ran with."""
@@ -97,16 +80,18 @@ class CompiledChain:
         if not keep:
             return self.check(arguments, leaves)[0]
         key = tuple([(a.dtype, a.shape, a.device) if isinstance(a, Tensor) else a for a in leaves])
-        launch = self._launches.get(key)
-        if launch is not None:
-            return launch(leaves)
+        if key in self._launches:
+            run, known = self._launches[key]
+            results = run(*[leaves[value] if given else value for given, value in known])
+            return results[0] if results else None
         result, seen = self.check(arguments, leaves)
         if seen is not None and len(self._launches) < MAX_LAUNCHES:
             run, inputs = seen
             index_of = {id(leaf): index for index, leaf in enumerate(leaves)}
             known = [(True, index_of[id(x)]) if id(x) in index_of else (False, x) for x in inputs]
-            if all(given or _is_number(value) for given, value in known):
-                self._launches[key] = _Launch(run, tuple(known))
+            others = [x for given, x in known if not given]  # sizes and numbers of which torch.compile has seen several
+            if all(isinstance(x, int | float) or (isinstance(x, Tensor) and x.ndim == 0) for x in others):
+                self._launches[key] = run, known
         return result
 
     def check(self, arguments: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, _Seen | None]:
@@ -127,10 +112,8 @@ compiled = functools.cache(CompiledChain)
 def compile_and_run(chain: Callable[..., Any], *arguments: Any, keep: bool = True) -> tuple[bool, Any]:
     """Whether there is a compiler, and what the chain returns then, None or a tensor.
 
-    Args:
-        chain: a function of tensors, tuples of tensors, and constants.
-        arguments: contiguous tensors that need no gradient, and constants. The first one's size decides on threads.
-        keep: whether tensors of the same shapes will come again.
+    `arguments` are constants and contiguous tensors that need no gradient; the first one's size decides on threads.
+    `keep` says whether tensors of the same shapes will come again.
     """
     if broken:
         return False, None
@@ -155,13 +138,9 @@ def compile_and_run(chain: Callable[..., Any], *arguments: Any, keep: bool = Tru
 def elementwise(chain: Callable[..., Any]) -> Callable[..., Any]:
     """Make a chain a function of whole tensors of one shape; what it returns for chunks of them is added up.
 
-    Args:
-        chain: takes chunks of the tensors as a tuple, the position of the first element, and settings.
-
-    Returns:
-        A function of tensors without gradient, which the chain may write to; of settings, tensors, tuples of tensors
-        and constants; of `fused`, whether to compile; and of `whole`, whether the chain is to see the tensors in their
-        shape, and shapes will not come again.
+    The chain takes chunks, which it may write to, as a tuple, the position of the first element, and settings: tensors,
+    tuples of tensors and constants. `fused` compiles it. With `whole` it sees the tensors in their shape, and such
+    shapes will not come again.
     """
 
     @functools.wraps(chain)

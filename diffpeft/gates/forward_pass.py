@@ -1,7 +1,5 @@
 """The seeds of one forward pass of a model, and memory that lives as long as the pass or is used again."""
 
-from __future__ import annotations
-
 import hashlib
 import struct
 import threading
@@ -79,7 +77,7 @@ class Workspace:
         """Let go of the memory."""
         self._buffers, self._reservations = {}, {}
 
-    def __reduce__(self) -> tuple[type[Workspace], tuple[()]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Workspace, ()  # a copy begins with none
 
 

@@ -4,8 +4,6 @@ The effective parameter is made for a forward pass, let go of, and made again fo
 noise; weights of linear layers may stay in memory that every pass uses again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -34,7 +32,6 @@ class GateSample(NamedTuple):
     fused: bool
     """Whether chains of elementwise operations are compiled."""
     workspace: Workspace
-    """For effective weights of linear layers."""
     accumulate: Accumulate | None = None
     """Takes the gradient of the elements' log_alpha in place of autograd."""
     reserve_as: Hashable = None
@@ -50,16 +47,15 @@ class _Gates:
         self.reservation: object | None = None
         group_gate = w.new_ones(())
         if group_log_alpha is not None:
-            self.group_s = torch.sigmoid(group_log_alpha + self._group_noise(seed, w.numel()).logit())
+            position = w.numel()  # behind the elements'
+            if torch.compiler.is_compiling():
+                noise = uniform(seed, torch.full((), position, dtype=torch.int32, device=seed.device))
+            else:
+                noise = uniform_scalar(sample.seed, position)
+            self.group_s = torch.sigmoid(group_log_alpha + noise.logit())
             group_gate = stretch_and_clamp(self.group_s, sample.stretch).reshape(())
         self.draw = Draw(seed, group_gate, sample.stretch)
         ctx.gates = self
-
-    def _group_noise(self, seed: Tensor, position: int) -> Tensor:
-        """The noise of the group's gate, which stands behind the elements'."""
-        if torch.compiler.is_compiling():
-            return uniform(seed, torch.full((), position, dtype=torch.int32, device=seed.device))
-        return uniform_scalar(self.sample.seed, position)
 
     def effective(self, out: Tensor, base: Tensor, w: Tensor, log_alpha: Tensor, rows: Tensor | None = None) -> Tensor:
         """The effective parameter, or some rows of it, in `out`."""
@@ -173,11 +169,7 @@ class _GatedEmbedding(torch.autograd.Function):
 
 
 def gated_parameter_sampled(tensors: GatedTensors, sample: GateSample) -> Tensor:
-    """The effective parameter theta + z z_group w with sampled gates (arXiv 2012.07463, equations 3 and 6).
-
-    Returns:
-        A tensor of theta's shape and dtype, differentiable in `w`, `log_alpha` and `group_log_alpha`.
-    """
+    """The effective parameter theta + z z_group w with sampled gates, in theta's dtype, differentiable in the rest."""
     return _GatedParameter.apply(sample, *tensors)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -3,8 +3,6 @@
 With noise u, stretch (l, r) and log_alpha:
 
     s = sigmoid(logit(u) + log_alpha)     z = clamp(s (r - l) + l, 0, 1)     P(z > 0) = sigmoid(log_alpha - log(-l / r))
-
-Pure functions on tensors; nothing here knows about models.
 """
 
 import math
@@ -18,6 +16,8 @@ from diffpeft.gates.compile import split_flat
 
 Stretch = tuple[float, float]
 """(l, r) with l < 0 and 1 < r."""
+SHUT_SCALE = 1e-12
+"""Entries of shut gates are ranked by how nearly they are open, far below all others."""
 
 
 class GatedTensors(NamedTuple):
@@ -92,16 +92,10 @@ def gated_parameter(
 ) -> Tensor:
     """The effective parameter theta + z z_group w (arXiv 2012.07463, equations 3 and 5).
 
-    Args:
-        base: the frozen pretrained parameter, any shape and floating dtype; receives no gradient.
-        w: the dense diff, fp32, shape of `base`.
-        log_alpha: of the element gates, fp32 or fp16, shape of `base`.
-        group_log_alpha: of the group gate, fp32, shape (1,), or None for the unstructured form.
-        stretch: (l, r).
-        noise: uniform noise of the elements, shape of `base`, and of the group, shape (1,); None: deterministic gates.
+    Tensors are those of [`GatedTensors`]; the result has `base`'s shape and dtype and is differentiable in the others.
 
-    Returns:
-        A tensor of the shape and dtype of `base`, differentiable in `w`, `log_alpha` and `group_log_alpha`.
+    Args:
+        noise: uniform noise of the elements, shape of `base`, and of the group, shape (1,); None: deterministic gates.
     """
     if noise[0] is None and not torch.is_grad_enabled():
         return delta(w, log_alpha, group_log_alpha, stretch).add_(base).to(base.dtype)
@@ -125,14 +119,7 @@ def delta_chunks(
 
 
 def delta(w: Tensor, log_alpha: Tensor | None, group_log_alpha: Tensor | None, stretch: Stretch) -> Tensor:
-    """z z_group w with deterministic gates, fp32, shape of `w`, without gradient.
-
-    Args:
-        w: the dense diff, fp32, any shape.
-        log_alpha: of the element gates, fp32 or fp16, shape of `w`; None for a diff without gates.
-        group_log_alpha: of the group gate, shape (1,), or None.
-        stretch: (l, r).
-    """
+    """z z_group w with deterministic gates, fp32, shape of `w`, without gradient; w itself without `log_alpha`."""
     if log_alpha is None:
         return w.detach().clone()
     result = torch.empty(w.shape, dtype=w.dtype, device=w.device)
@@ -141,13 +128,44 @@ def delta(w: Tensor, log_alpha: Tensor | None, group_log_alpha: Tensor | None, s
     return result
 
 
+class GatedDiff(NamedTuple):
+    """A diff in gating as magnitude pruning ranks and keeps its entries; tensors are those of [`GatedTensors`]."""
+
+    w: Tensor
+    log_alpha: Tensor | None
+    """None for a diff without gates."""
+    group_log_alpha: Tensor | None
+    stretch: Stretch
+
+    def scores(self) -> Iterator[Tensor]:
+        """|z w|, or [`SHUT_SCALE`] P(z > 0) |w| where that is 0, as flat fp32 chunks in order."""
+        if self.log_alpha is None:
+            yield from (chunk.abs() for chunk in split_flat(self.w))
+            return
+        of_gates = zip(delta_chunks(*self), split_flat(self.w), split_flat(self.log_alpha), strict=True)
+        for delta, w, log_alpha in of_gates:
+            shut = open_probability(log_alpha, self.stretch).mul_(w.abs()).mul_(SHUT_SCALE)
+            delta.abs_()
+            yield torch.where(delta == 0, shut, delta)  # NaN stays, to be refused
+
+    def values(self, positions: Tensor) -> Tensor:
+        """z w at sorted flat positions (int64, shape (k,)), fp32, with the bits of the whole tensor's."""
+        result, start, filled = self.w.new_empty(len(positions)), 0, 0
+        for chunk in delta_chunks(*self):
+            stop = start + chunk.numel()
+            end = int(torch.searchsorted(positions, stop))
+            result[filled:end] = chunk[positions[filled:end] - start]
+            start, filled = stop, end
+        return result
+
+
 def expected_l0(
     log_alpha: Tensor, group_log_alpha: Tensor | None, stretch: Stretch, group_penalty: str = "product"
 ) -> Tensor:
     """The expected number of nonzeros of one group, a differentiable scalar.
 
-    "product" is the paper's P(group open) * sum P(element open); "additive" is what the authors' released code
-    computes: the group's probability is added once. Without a group gate both are sum P(element open).
+    "product" is the paper's P(group open) * sum P(element open); "additive", as in the released code, adds P(group
+    open) once. Without a group gate both are sum P(element open).
     """
     elements = open_probability(log_alpha, stretch).sum()
     if group_log_alpha is None:

@@ -1,11 +1,8 @@
 """The elementwise chains of forward and backward under sampled gates.
 
-One source for a compiler, which fuses each chain into one pass, and for eager mode (`diffpeft/gates/compile.py`). A
-gate's noise follows from a seed and the gate's position in its tensor (`diffpeft/gates/noise.py`): it is made here,
-wherever it is needed, and stored nowhere. It is the same to the bit either way, the rest to rounding.
+One source for a compiler and for eager mode (`diffpeft/gates/compile.py`). A gate's noise is made wherever it is
+needed, from a seed and the gate's position: the same to the bit either way, the rest to rounding.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -30,7 +27,7 @@ class Draw(NamedTuple):
     """int64, shape (n,): which rows of a matrix are given; None: all of the parameter is."""
 
 
-def _positions(like: Tensor, start: int, rows: Tensor | None) -> Tensor:
+def element_positions(like: Tensor, start: int, rows: Tensor | None = None) -> Tensor:
     """Positions of the elements of `like` in the whole tensor: from `start` on, or in some rows of a matrix."""
     if rows is None:
         return torch.arange(start, start + like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
@@ -40,17 +37,15 @@ def _positions(like: Tensor, start: int, rows: Tensor | None) -> Tensor:
 
 def _sample(w: Tensor, log_alpha: Tensor, start: int, draw: Draw) -> Tensor:
     """s of the elements' gates, before they are stretched."""
-    return binary_concrete(log_alpha, uniform(draw.seed, _positions(w, start, draw.rows)))
+    return binary_concrete(log_alpha, uniform(draw.seed, element_positions(w, start, draw.rows)))
 
 
 @elementwise
 def effective(tensors: Sequence[Tensor], start: int, draw: Draw) -> None:
-    """Write theta + z z_group w with sampled gates.
+    """Write theta + z z_group w with the sampled gates of `draw`; `start` is the position of the first element.
 
     Args:
         tensors: the output, any dtype; theta, any dtype; w, fp32; log_alpha; all of one shape.
-        start: position of the first element.
-        draw: the gates.
     """
     out, base, w, log_alpha = tensors
     z = stretch_and_clamp(_sample(w, log_alpha, start, draw), draw.stretch)
@@ -59,15 +54,10 @@ def effective(tensors: Sequence[Tensor], start: int, draw: Draw) -> None:
 
 @elementwise
 def gradients(tensors: Sequence[Tensor], start: int, draw: Draw) -> Tensor:
-    """Write the gradients by w and by log_alpha, from the one gradient of the effective parameter.
+    """Write the gradients by w and by log_alpha from that of [`effective`], and return sum(gradient z w), shape ().
 
     Args:
         tensors: the two outputs, fp32; the gradient, any dtype; w, fp32; log_alpha; all of one shape.
-        start: position of the first element.
-        draw: the gates.
-
-    Returns:
-        The sum over the elements of gradient z w, shape ().
     """
     by_w, by_log_alpha, grad, w, log_alpha = tensors
     s, grad = _sample(w, log_alpha, start, draw), grad.float()

@@ -1,6 +1,4 @@
-"""Counter-based random numbers: each follows from a seed and a position alone."""
-
-from __future__ import annotations
+"""Counter-based random numbers: each follows from a seed and a position alone, on any device, and is stored nowhere."""
 
 import torch
 from torch import Tensor
@@ -20,16 +18,11 @@ def seed_words(seed: Tensor, device: torch.device) -> Tensor:
 
 
 def random_bits(seed: Tensor, positions: Tensor) -> Tensor:
-    """32 random bits at each position of a seed's stream: int32, shape of `positions`.
+    """32 random bits at each position (int32, any shape) of a seed's stream: int32, shape of `positions`.
 
-    They follow from seed and position alone, so that noise can be made again for a backward pass, for some rows of a
-    matrix and on any device, with the same bits, and need not be stored. Three numbers of the seed choose the stream:
-    an odd factor and an offset of the position, and what is mixed in on the way. The mixer is that of MurmurHash3 with
-    Chris Wellons' constants ("lowbias32", hash prospector).
-
-    Args:
-        seed: int32, shape (4,), of [`seed_words`].
-        positions: int32, any shape.
+    Three numbers of the seed, which is one of [`seed_words`], choose the stream: an odd factor and an offset of the
+    position, and what is mixed in on the way. The mixer is that of MurmurHash3 with Chris Wellons' constants
+    ("lowbias32", hash prospector).
     """
     x = positions * (seed[0] | 1) + seed[1]
     x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
@@ -45,12 +38,7 @@ def uniform(seed: Tensor, positions: Tensor) -> Tensor:
 
 
 def uniform_scalar(seed: Tensor, position: int) -> Tensor:
-    """One of [`uniform`]'s numbers to the bit, without a dozen launches: fp32, shape (), on the CPU.
-
-    Args:
-        seed: int64, shape (2,), of [`new_seed`].
-        position: in the seed's stream.
-    """
+    """One of [`uniform`]'s numbers to the bit, for a seed of [`new_seed`]: fp32, shape (), made without launches."""
     first, second = seed.tolist()
     x = position * (first & 0xFFFFFFFF | 1) + (first >> 32) & 0xFFFFFFFF
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF ^ (second & 0xFFFFFFFF)

@@ -4,8 +4,6 @@ Each by itself would cost more in launches than in arithmetic. Noise, values and
 [`diffpeft.gates.functions.gated_parameter_sampled`].
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,29 +27,21 @@ class SmallParameter(NamedTuple):
     """int64, shape (2,), of the noise."""
 
 
-class _Layout(NamedTuple):
-    """Positions of the parameters' elements where they are joined."""
-
-    sizes: list[int]
-    owner: Tensor
-    """int64: index of each element's parameter."""
-    positions: Tensor
-    """int32: position of each element in its parameter."""
-
-
 @functools.lru_cache(maxsize=64)
-def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
+def _layout(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Index of each joined element's parameter, int64, and its position there, int32."""
     lengths = torch.tensor(sizes)
     owner = torch.arange(len(sizes)).repeat_interleave(lengths)
     positions = torch.arange(len(owner)) - (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
-    return _Layout(list(sizes), owner.to(device), positions.to(device, torch.int32))
+    return owner.to(device), positions.to(device, torch.int32)
 
 
-def _noise(small: Sequence[SmallParameter], layout: _Layout) -> tuple[Tensor, Tensor]:
+def _noise(small: Sequence[SmallParameter], sizes: list[int]) -> tuple[Tensor, Tensor]:
     """The noise of the elements and of the groups, which stands behind the elements'."""
-    seeds = torch.stack([one.seed for one in small]).view(torch.int32).to(layout.owner.device).t()
-    behind = torch.tensor(layout.sizes, dtype=torch.int32, device=seeds.device)
-    return uniform(seeds.index_select(1, layout.owner), layout.positions), uniform(seeds, behind)
+    owner, positions = _layout(tuple(sizes), small[0].tensors.w.device)
+    seeds = torch.stack([one.seed for one in small]).view(torch.int32).to(owner.device).t()
+    behind = torch.tensor(sizes, dtype=torch.int32, device=owner.device)
+    return uniform(seeds.index_select(1, owner), positions), uniform(seeds, behind)
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
@@ -67,26 +57,27 @@ class _SmallParameters(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         bases, ws, log_alphas, groups = zip(*(one.tensors for one in small), strict=True)
-        layout = _layout(tuple(w.numel() for w in ws), ws[0].device)
-        w, noise = _join(ws), _noise(small, layout)
+        sizes = [w.numel() for w in ws]
+        owner, _ = _layout(tuple(sizes), ws[0].device)
+        w, noise = _join(ws), _noise(small, sizes)
         s = binary_concrete(_join(log_alphas), noise[0])
         z, group_gate, group_s = stretch_and_clamp(s, stretch), w.new_ones(len(small)), None
         if groups[0] is not None:
             group_s = torch.sigmoid(_join(groups) + noise[1].logit())
             group_gate = stretch_and_clamp(group_s, stretch)
-        effective = z * (w * group_gate.index_select(0, layout.owner)) + _join(bases)
-        ctx.kept, ctx.shapes, ctx.stretch = (w, s, z, group_gate, group_s, layout), [w.shape for w in ws], stretch
-        parts = zip(torch.split(effective, layout.sizes), bases, strict=True)
+        effective = z * (w * group_gate.index_select(0, owner)) + _join(bases)
+        ctx.kept, ctx.shapes, ctx.stretch = (w, s, z, group_gate, group_s, owner), [w.shape for w in ws], stretch
+        parts = zip(torch.split(effective, sizes), bases, strict=True)
         return tuple(part.view(base.shape).to(base.dtype) for part, base in parts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        w, s, z, group_gate, group_s, layout = ctx.kept
-        sizes: list[int] = layout.sizes
+        w, s, z, group_gate, group_s, owner = ctx.kept
+        sizes = [shape.numel() for shape in ctx.shapes]
         low, high = ctx.stretch
         grad = _join([w.new_zeros(n) if own is None else own for own, n in zip(upstream, sizes, strict=True)])
-        by_delta = grad * group_gate.index_select(0, layout.owner)
+        by_delta = grad * group_gate.index_select(0, owner)
         joined = z * by_delta, gate_slope(s, ctx.stretch) * (w * by_delta)
         kinds: list[Sequence[Tensor]] = [
             [part.view(shape) for part, shape in zip(torch.split(gradient, sizes), ctx.shapes, strict=True)]
@@ -101,10 +92,7 @@ class _SmallParameters(torch.autograd.Function):
 
 
 def small_parameters(small: Sequence[SmallParameter], stretch: Stretch) -> tuple[Tensor, ...]:
-    """The effective parameter of each, differentiable in its `w`, `log_alpha` and `group_log_alpha`.
-
-    Backward may come through some of them first and through others later.
-    """
+    """The effective parameter of each, differentiable in its `w`, `log_alpha` and `group_log_alpha`."""
     kinds = (1, 2) if small[0].tensors.group_log_alpha is None else (1, 2, 3)
     trained = [one.tensors[kind] for kind in kinds for one in small]
     made: tuple[Tensor, ...] = _SmallParameters.apply(small, stretch, *trained)  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from torch import nn
 from diffpeft.config import GATING, DiffPruningConfig, check_density
 from diffpeft.files.encoding import rounded
 from diffpeft.files.keys import VALUES
-from diffpeft.gates.scores import GatedDiff
+from diffpeft.gates.hard_concrete import GatedDiff
 from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.sparse.sharded import check_whole
 from diffpeft.sparse.top_k import global_top_k

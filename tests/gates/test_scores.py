@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffpeft.gates import compile as compiling
 from diffpeft.gates import hard_concrete as gates
-from diffpeft.gates.scores import GatedDiff
+from diffpeft.gates.hard_concrete import GatedDiff
 from diffpeft.sparse.top_k import global_top_k
 
 PAPER = (-1.5, 1.5)

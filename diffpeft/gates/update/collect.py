@@ -1,33 +1,26 @@
 """The gates of an adapter from the tensors that a layer holds; which form they have is decided here alone."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from torch import Tensor
 
-from diffpeft.gates.update.held import GROUP_MOMENTS, LOG_ALPHAS, LOW_MEMORY_MOMENTS, MOMENTS, GatedLayer
-from diffpeft.gates.update.low_memory import LowMemoryGates
-from diffpeft.gates.update.state import Group, StoredGates
+from diffpeft.gates.update.held import GROUP_MOMENTS, LOG_ALPHAS, MOMENTS, GatedLayer
+from diffpeft.gates.update.low_memory import low_memory_gates
+from diffpeft.gates.update.state import ElementGates, Group, StoredGates
 
 
 def groups_of(layer: GatedLayer, adapter_name: str) -> dict[str, Group]:
     """The gates of each parameter that has any, by its name in the layer."""
-    kinds = (*LOG_ALPHAS, *MOMENTS, *GROUP_MOMENTS, *LOW_MEMORY_MOMENTS[1:])
-    held = {kind: layer.held(kind, adapter_name) for kind in kinds}
-    return {name: _group(held, name) for name in held[LOG_ALPHAS[0]]}
 
+    def stored(log_alpha: Tensor, moments: Iterable[str], name: str) -> StoredGates:
+        return StoredGates(log_alpha, log_alpha.grad, *(layer.held(kind, adapter_name)[name] for kind in moments))
 
-def _group(held: Mapping[str, Mapping[str, Tensor]], name: str) -> Group:
-    log_alpha, group_log_alpha = (held[kind].get(name) for kind in LOG_ALPHAS)
-    assert log_alpha is not None
-    group_gate = None
-    if group_log_alpha is not None:
-        moments = (held[kind][name] for kind in GROUP_MOMENTS)
-        group_gate = StoredGates(group_log_alpha, group_log_alpha.grad, *moments)
-    if name in held[LOW_MEMORY_MOMENTS[1]]:
-        return Group(LowMemoryGates(log_alpha, *(held[kind][name] for kind in LOW_MEMORY_MOMENTS)), group_gate)
-    return Group(StoredGates(log_alpha, log_alpha.grad, *(held[kind][name] for kind in MOMENTS)), group_gate)
+    groups, group_log_alphas = {}, layer.held(LOG_ALPHAS[1], adapter_name)
+    for name, log_alpha in layer.held(LOG_ALPHAS[0], adapter_name).items():
+        elements: ElementGates = low_memory_gates(layer, adapter_name, name) or stored(log_alpha, MOMENTS, name)
+        group = group_log_alphas.get(name)
+        groups[name] = Group(elements, None if group is None else stored(group, GROUP_MOMENTS, name))
+    return groups
 
 
 def collect(layers: Iterable[GatedLayer], adapter_name: str) -> list[Group]:

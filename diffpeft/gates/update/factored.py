@@ -1,11 +1,8 @@
 """Second moments of matrices by the means of their rows and columns, and the update of a diff that follows from them.
 
-Both are Adafactor's (Shazeer and Stern 2018, arXiv 1804.04235). A matrix of squares V with row means r and column means
-c is taken to be r c^T / mean(r), the rank-one matrix with the same means, and these alone are kept. Tensors of more
-dimensions are matrices for this, cut where that leaves the fewest means.
+Both are Adafactor's (Shazeer and Stern 2018, arXiv 1804.04235): squares V with row means r and column means c are taken
+to be r c^T / mean(r). Tensors of more dimensions are matrices for this, cut where that leaves the fewest means.
 """
-
-from __future__ import annotations
 
 import math
 from typing import NamedTuple
@@ -32,7 +29,7 @@ def matrix_shape(shape: torch.Size) -> tuple[int, int]:
 
 
 def mean_squares(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Means of the squares of a matrix, fp32: of each row and of each column. No copy of the matrix is made."""
+    """Means of the squares of a matrix, fp32: of each row and of each column."""
     norm = torch.linalg.vector_norm
     by_row, by_column = (norm(matrix, dim=dim, dtype=torch.float32).square() for dim in (1, 0))
     return by_row / matrix.shape[1], by_column / max(1, matrix.shape[0])
@@ -65,14 +62,8 @@ class DiffMoments(NamedTuple):
     def step(self, w: Tensor, grad: Tensor, rate: float, decay: float) -> bool:
         """Update a diff by Adafactor's rule without a first moment, with Adam's beta and correction of its bias.
 
-        Args:
-            w: the diff, fp32, any shape of at least two dimensions.
-            grad: its gradient, which is overwritten.
-            rate: learning rate.
-            decay: weight decay, as a share of `rate`.
-
-        Returns:
-            False, with all as it was, where the gradient is not finite.
+        `w` is fp32, of at least two dimensions; its gradient is overwritten; `decay` is weight decay as a share of the
+        learning rate. Returns False, with all as it was, where the gradient is not finite.
         """
         matrix = grad.contiguous().view(len(self.rows), len(self.columns))
         by_row, by_column = mean_squares(matrix)

@@ -1,7 +1,5 @@
 """What gates ask of the layer that holds their tensors: attributes, by name, and the state of the next update."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -12,12 +10,7 @@ MOMENTS = ("diffpruning_exp_avg", "diffpruning_exp_avg_sq")
 """Buffers of the elements' gates, as `StoredGates` has them."""
 GROUP_MOMENTS = ("diffpruning_group_exp_avg", "diffpruning_group_exp_avg_sq")
 """Buffers of the group gates."""
-LOW_MEMORY_MOMENTS = (
-    "diffpruning_exp_avg",
-    "diffpruning_exp_avg_scale",
-    "diffpruning_exp_avg_sq_rows",
-    "diffpruning_exp_avg_sq_columns",
-)
+LOW_MEMORY_MOMENTS = (MOMENTS[0], f"{MOMENTS[0]}_scale", f"{MOMENTS[1]}_rows", f"{MOMENTS[1]}_columns")
 """Buffers of a large parameter's gates in the low-memory mode, as `LowMemoryGates` has them."""
 DIFF_MOMENTS = ("diffpruning_w_sq_rows", "diffpruning_w_sq_columns", "diffpruning_w_sq_weight")
 """Buffers of its dense diff, as `DiffMoments` has them."""

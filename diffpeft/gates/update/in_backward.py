@@ -1,7 +1,5 @@
 """Steps within the backward pass: gradients are used where they arise and let go of, in the low-memory mode."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -41,12 +39,8 @@ class InBackward:
     The optimizer then finds no gradient and makes no state. With gradient accumulation, as Accelerate and the Trainer
     do it, gradients add up, and the last backward pass of an update steps. Hooks of an earlier run are taken off.
 
-    Args:
-        optimizer: of Adam's family, since the learning rates are to be such as that wants.
-        steps: the parameters.
-
     Raises:
-        ValueError: the optimizer is of another family, or does not hold a parameter.
+        ValueError: the optimizer is not of Adam's family, or does not hold a parameter.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, steps: Iterable[BackwardStep]) -> None:
@@ -85,24 +79,22 @@ class InBackward:
             handle.remove()
         self._handles = []
 
-    def _step(
-        self, label: str, step: StepFunction, status_of_update: Status, index: int | None, parameter: Tensor
-    ) -> None:
+    def _step(self, label: str, step: StepFunction, status: Status, index: int | None, parameter: Tensor) -> None:
         grad = parameter.grad
         if grad is None or not GradientState().sync_gradients:
             return
         parameter.grad = None
-        status = status_of_update()
-        if label in status.updated:
+        update = status()
+        if label in update.updated:
             raise RuntimeError(
                 f"{label} got a gradient twice for one update, and with low_memory=True the first is used up by "
                 "then: checkpoint gradients with use_reentrant=False, accumulate them within "
                 "accelerator.accumulate(model), and call gate_step after every update"
             )
-        status.updated.add(label)
+        update.updated.add(label)
         group = {} if index is None else self._optimizer.param_groups[index]
         rate, decay = float(group.get("lr", 0.0)) * self.rate_factor, float(group.get("weight_decay", 0.0))
-        status.finite &= step(grad, rate, decay)
+        update.finite &= step(grad, rate, decay)
 
 
 def _release(one: BackwardStep) -> None:

@@ -1,7 +1,5 @@
 """The elementwise chains that move gates and count open ones, as `diffpeft/gates/kernels.py` has those of a pass."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +40,6 @@ def automatic(tensors: Sequence[Tensor], start: int, rule: Tensor) -> None:
 
     Args:
         tensors: log_alpha, its gradient and the two moments, fp32.
-        start: position of the first element.
         rule: fp32, shape (5,) or (5, elements): lambda, the largest step of opening and of closing, and the factors
             that correct the bias of the two moments.
     """
@@ -74,9 +71,7 @@ def adam(tensors: Sequence[Tensor], start: int, shift: float, weight: Tensor, ru
 
     Args:
         tensors: log_alpha, its gradient and the two moments, fp32.
-        start: position of the first element.
-        shift: log(-l / r).
-        weight: of the penalty, fp32, shape ().
+        weight: of the penalty, fp32, shape (); `shift` is log(-l / r).
         rule: fp32, shape (3,): the gradient's factor, the step's length corrected for the first moment's bias, and the
             factor that corrects the second's.
     """

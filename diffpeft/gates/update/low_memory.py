@@ -6,14 +6,9 @@
 - second moment: the means of its rows and columns (`diffpeft/gates/update/factored.py`).
 
 The gradient of log_alpha is never stored. The backward pass accumulates it in the moments where it arises, and the step
-of the gates lets them decay, so that between updates they hold beta times what an optimizer would. Gradients that come
-in parts, as with accumulation or for a parameter that is used twice, add up in the first moment; the second adds the
-squares of the parts.
-
-Random bits are those of `diffpeft/gates/noise.py`, of seeds from torch's generator, which a checkpoint restores.
+of the gates lets them decay, so that between updates they hold beta times what an optimizer would. Gradients in parts
+add up in the first moment; the second adds the squares of the parts. Seeds come from torch's generator.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -24,6 +19,7 @@ from torch import Tensor
 from diffpeft.gates.compile import CHUNK_ELEMENTS, compile_and_run
 from diffpeft.gates.functions import Accumulate
 from diffpeft.gates.hard_concrete import Stretch, open_shift
+from diffpeft.gates.kernels import element_positions
 from diffpeft.gates.noise import new_seed, random_bits, seed_words
 from diffpeft.gates.update import factored, kernels
 from diffpeft.gates.update.held import LOG_ALPHAS, LOW_MEMORY_MOMENTS, GatedLayer, status_of
@@ -51,8 +47,7 @@ def round_to_codes(x: Tensor, random: Tensor) -> Tensor:
 
 
 def _random(like: Tensor, start: int, seed: Tensor) -> Tensor:
-    positions = torch.arange(start, start + like.numel(), dtype=torch.int32, device=like.device)
-    return random_bits(seed, positions.view(like.shape))
+    return random_bits(seed, element_positions(like, start))
 
 
 def _accumulate(matrices: Sequence[Tensor], start: int, vectors: Sequence[Tensor], seed: Tensor) -> None:
@@ -104,15 +99,11 @@ class LowMemoryGates(NamedTuple):
     """Means of the second moment over each column, fp32."""
 
     def accumulate(self, grad: Tensor, rows: Tensor | None = None, fused: bool = False) -> bool:
-        """Add a gradient of log_alpha, or some rows of one, to the moments.
+        """Add a gradient of log_alpha to the moments. Returns False, and leaves them, where it is not finite.
 
         Args:
             grad: fp32, shape of the parameter; with `rows` shape (n, columns).
             rows: int64, shape (n,), each once: which rows of the gradient are given; the others are zero.
-            fused: whether to compile.
-
-        Returns:
-            False, with the moments as they were, where the gradient is not finite.
         """
         matrix = grad.reshape(-1, len(self.columns))
         by_row, by_column = factored.mean_squares(matrix)

@@ -1,31 +1,27 @@
 """How the gates move: one update of all of them from the gradients that the task loss left on log_alpha.
 
-The gates have their own update instead of a place in the trainer's optimizer: they need 1e4 times the weights' learning
-rate, no weight decay and no learning-rate schedule, and a penalty that gradient accumulation, label smoothing and
-several processes cannot scale. Their moments are buffers of the adapter, so that a checkpoint holds them like any
-weight.
-
-Two rules, both Adam (Kingma & Ba 2015) with moments m, v of the gradient g and a step of at most `max_step`:
+They stand outside the trainer's optimizer because they need 1e4 times the weights' learning rate, no weight decay and
+no schedule, and a penalty that gradient accumulation, label smoothing and several processes cannot scale. Two rules,
+both Adam (Kingma & Ba 2015) with moments m, v of the gradient g and a step of at most `max_step`:
 
 - fixed lambda, the paper's: g = task gradient + lambda * penalty gradient, log_alpha -= max_step * m / (sqrt(v) + eps).
-- automatic: g = task gradient alone, log_alpha -= max_step * (m + lambda) / (sqrt(v) + lambda). Lambda stands for what
-  a nonzero costs, in the units of the loss, and is solved for in every step, so that the expected density follows
-  [`density_schedule`]. Where more gates would close by the task's gradient alone, those that close are slowed down.
-  Penalising log_alpha itself, rather than P(z > 0), keeps the pull on a gate from fading as it closes (sigmoid' is 7e-3
-  at the initial log_alpha = 5 and again at -5), so gates end open or shut, not in between; and without an eps there is
-  no scale of the loss or of lambda at which the method changes.
+- automatic: g = task gradient alone, log_alpha -= max_step * (m + lambda) / (sqrt(v) + lambda). Lambda, what a nonzero
+  costs in units of the loss, is solved for in every step, so that the expected density follows [`density_schedule`].
+  Where more gates would close by the task's gradient alone, those that close are slowed down. Penalising log_alpha
+  rather than P(z > 0) keeps the pull on a gate from fading as it closes, so gates end open or shut; and without an eps
+  there is no scale of the loss or of lambda at which the method changes.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffpeft.gates.hard_concrete import Stretch, open_shift
+from diffpeft.gates.hard_concrete import Stretch, open_logit, open_shift
 from diffpeft.gates.update import kernels
-from diffpeft.gates.update.kernels import BETAS
-from diffpeft.gates.update.solver import PenaltySolver
+from diffpeft.gates.update.kernels import BETAS, MIN_DIVISOR, direction
 from diffpeft.gates.update.state import GateSet, Group, StoredGates
 
 PAPER_MAX_STEP = 0.1
@@ -37,9 +33,10 @@ SETTLE_SHARE = 0.9
 """Share of gating after which the schedule stays at its target."""
 MAX_GRADIENT_NORM = 1.0
 """Norm to which the gradient of all gates together is clipped under a fixed lambda, as in the released code."""
-
-StoredGroup = tuple[StoredGates, StoredGates | None]
-"""The gates of one parameter's elements, and its group gate."""
+SAMPLE_GATES = 1 << 17
+"""Gates on which lambda is solved for; the full count corrects what the sample gets wrong in the next step."""
+COARSE_STRIDE = 16
+"""One in so many of them tells where about lambda is, before all of them do."""
 
 
 class StepSettings(NamedTuple):
@@ -57,10 +54,7 @@ class StepSettings(NamedTuple):
 
 
 def automatic_max_step(step: int, gating_steps: int, max_step: float | None = None) -> float:
-    """The farthest that a gate may move in step `step`: nothing at first, then enough to close in runs of any length.
-
-    `max_step` takes the place of what follows from the run's length.
-    """
+    """The farthest that a gate may move in step `step`: 0 at first, then `max_step` or what closes it in any run."""
     if step + 1 <= HOLD_SHARE * gating_steps:
         return 0.0
     return MAX_TRAVEL / gating_steps if max_step is None else max_step
@@ -72,21 +66,15 @@ def density_schedule(step: int, gating_steps: int, start: float, target: float) 
     return float(start * (target / start) ** min(1.0, max(0.0, progress)))
 
 
-def fixed_lambda_step(groups: Sequence[StoredGroup], l0_lambda: float, form: str, settings: StepSettings) -> None:
-    """Update gates with the paper's fixed lambda: the gradient of loss + lambda * penalty, clipped, then Adam.
-
-    Args:
-        groups: all gates, with the gradient of the task loss.
-        l0_lambda: weight of the penalty.
-        form: of the group penalty, "product" or "additive".
-        settings: how far to go.
-    """
-    gate_set, (stretch, fused) = GateSet([Group(*group) for group in groups]), settings[2:4]
+def fixed_lambda_step(groups: Sequence[Group], l0_lambda: float, form: str, settings: StepSettings) -> None:
+    """Update gates by the gradient of loss + lambda * penalty ("product" or "additive" in form), clipped, then Adam."""
+    gate_set, (stretch, fused) = GateSet(groups), settings[2:4]
     elements, product = gate_set.open_elements(stretch, fused), form == "product"
     by_elements = l0_lambda * (gate_set.open_groups(stretch) if product else torch.ones_like(elements))
     by_groups = l0_lambda * (elements if product else torch.ones_like(elements))
     weighted: list[tuple[list[Tensor], Tensor]] = []
     for (own, group_gate), by_element, by_group in zip(groups, by_elements.float(), by_groups.float(), strict=True):
+        assert isinstance(own, StoredGates), "the config allows the low-memory mode with the automatic rule alone"
         weighted.append((own.columns(), by_element))
         if group_gate is not None:
             weighted.append((group_gate.columns(), by_group))
@@ -97,9 +85,7 @@ def fixed_lambda_step(groups: Sequence[StoredGroup], l0_lambda: float, form: str
     ]
     scale = torch.clamp(MAX_GRADIENT_NORM / (torch.stack(squares).sum().sqrt() + 1e-6), max=1.0)
     correction = 1 - BETAS[0] ** (settings.step + 1), 1 - BETAS[1] ** (settings.step + 1)
-    rule = torch.stack(
-        [scale, scale.new_tensor(settings.max_step / correction[0]), scale.new_tensor(1 / correction[1])]
-    )
+    rule = torch.stack([scale, *scale.new_tensor([settings.max_step / correction[0], 1 / correction[1]])])
     for columns, weight in weighted:
         kernels.adam(columns, shift, weight, rule, fused=fused)
 
@@ -107,14 +93,8 @@ def fixed_lambda_step(groups: Sequence[StoredGroup], l0_lambda: float, form: str
 def automatic_step(gates: GateSet, ratio: float, elements: Tensor, settings: StepSettings) -> tuple[float, Tensor]:
     """Update gates so that the expected number of nonzeros becomes `ratio` times what it is, as far as they may move.
 
-    Args:
-        gates: all gates, with the gradient of the task loss.
-        ratio: expected number of nonzeros after the step, as a multiple of those before.
-        elements: what [`GateSet.open_elements`] gives before.
-        settings: how far to go.
-
     Returns:
-        Lambda, in units of the loss, and what [`GateSet.open_elements`] gives after the step.
+        Lambda, in units of the loss; and what [`GateSet.open_elements`] gives then, as `elements` is it before.
     """
     step, max_step, stretch, fused, accumulated = settings
     correction = 1 - BETAS[0] ** (step + 1), 1 - BETAS[1] ** (step + 1)
@@ -125,3 +105,57 @@ def automatic_step(gates: GateSet, ratio: float, elements: Tensor, settings: Ste
     rule = torch.tensor(numbers, device=elements.device, dtype=torch.float32)
     gates.step_groups(rule, elements, stretch)
     return l0_lambda, gates.step(rule, stretch, fused)
+
+
+class PenaltySolver:
+    """Finds the step of at most `max_step` after which a sample of gates has `ratio` times its expected nonzeros."""
+
+    def __init__(
+        self, gates: GateSet, correction: tuple[float, float], max_step: float, stretch: Stretch, ratio: float
+    ) -> None:
+        some = gates.sample(max(1, sum(gates.sizes) // SAMPLE_GATES))
+        self.logit = open_logit(some.log_alpha, stretch)
+        self.mean = torch.lerp(some.exp_avg, some.grad, 1 - BETAS[0]).div_(correction[0])
+        square = (some.exp_avg_sq * BETAS[1]).addcmul_(some.grad, some.grad, value=1 - BETAS[1])
+        self.square = square.div_(correction[1])
+        self.group_open = gates.open_groups(stretch).index_select(0, some.owner)
+        self.max_step, self.ratio = max_step, ratio
+        self._before = {
+            stride: float((torch.sigmoid(self.logit[::stride]) * self.group_open[::stride]).sum())
+            for stride in (1, COARSE_STRIDE)
+        }
+
+    def expected(self, l0_lambda: float, closing_scale: float, stride: int = 1) -> float:
+        """The nonzeros of one in `stride` after a step, as a multiple of those wanted."""
+        move = direction(self.mean[::stride], self.square[::stride], l0_lambda)
+        move = move if closing_scale == 1.0 else torch.where(move > 0, move * closing_scale, move)
+        after = (torch.sigmoid(self.logit[::stride] - self.max_step * move) * self.group_open[::stride]).sum()
+        return float(after) / max(self.ratio * self._before[stride], MIN_DIVISOR)
+
+    def solve(self) -> tuple[float, float]:
+        """The least lambda, and the share of their way that closing gates are let go, that give what is wanted."""
+        if self.expected(0.0, 1.0) <= 1.0:
+            if self.expected(0.0, 0.0) <= 1.0:
+                return 0.0, 0.0
+            return 0.0, _bisect(lambda scale: self.expected(0.0, scale), 0.0, 1.0, 16)
+        # Gradients of log_alpha are far below 1 in any network with a bounded loss; the bracket grows if not.
+        low, high = -46.0, math.log(max(float(self.square.max()) ** 0.5, 1e-12)) + 7.0
+        if self.expected(math.exp(high), 1.0) > 1.0:
+            return math.exp(high), 1.0
+        if len(self.logit) > COARSE_STRIDE**3:
+            about = _bisect(lambda x: self.expected(math.exp(x), 1.0, COARSE_STRIDE), low, high, 20)
+            width = 0.1
+            while width < high - low:  # until the root lies between
+                below, above = max(low, about - width), min(high, about + width)
+                if self.expected(math.exp(below), 1.0) > 1.0 >= self.expected(math.exp(above), 1.0):
+                    return math.exp(_bisect(lambda x: self.expected(math.exp(x), 1.0), below, above, 6)), 1.0
+                width *= 8
+        return math.exp(_bisect(lambda x: self.expected(math.exp(x), 1.0), low, high, 24)), 1.0
+
+
+def _bisect(function: Callable[[float], float], low: float, high: float, steps: int) -> float:
+    """The upper end of the interval, halved so often, at which a falling function goes below 1."""
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if function(middle) > 1.0 else (low, middle)
+    return high

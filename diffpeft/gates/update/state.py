@@ -1,7 +1,5 @@
 """The gates of an adapter as an update sees them: tensor by tensor, however their gradient and moments are kept."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -39,10 +37,10 @@ class ElementGates(Protocol):
         """A number that is finite if and only if the gradient is, shape (); None: that is known already."""
 
     def sample(self, stride: int) -> GateColumns:
-        """One in `stride` of the gates, from all over them."""
+        """One in `stride` of the gates, from all over them; owners are the tensors' indices."""
 
     def step(self, rule: Tensor, stretch: Stretch, fused: bool = False) -> Tensor:
-        """Move the gates by the rule of [`diffpeft.gates.update.kernels.automatic`], and count as [`count_open`]."""
+        """Move the gates by [`diffpeft.gates.update.kernels.automatic`], and count as [`count_open`] does."""
 
     def count_open(self, stretch: Stretch, fused: bool = False) -> Tensor:
         """Sum of P(z > 0) in units of 2^-30, int64, shape (tensors,)."""
@@ -106,6 +104,7 @@ class JoinedGates:
     def __init__(self, members: Sequence[StoredGates]) -> None:
         self._members = members
         self._sizes = [member.log_alpha.numel() for member in members]
+        self._owner = _owners(tuple(self._sizes), members[0].log_alpha.device)
 
     @functools.cached_property
     def log_alpha(self) -> Tensor:
@@ -116,10 +115,6 @@ class JoinedGates:
     def _columns(self) -> list[Tensor]:
         others = list(zip(*(member.columns() for member in self._members), strict=True))[1:]
         return [self.log_alpha, *(torch.cat([tensor.reshape(-1) for tensor in column]) for column in others)]
-
-    @property
-    def _owner(self) -> Tensor:
-        return _owners(tuple(self._sizes), self.log_alpha.device)
 
     def gradient_check(self) -> Tensor | None:
         """The gradients' sum."""
@@ -159,11 +154,7 @@ class Group(NamedTuple):
 
 
 class GateSet:
-    """All gates of an adapter, the small tensors' joined.
-
-    Args:
-        groups: the gates of each parameter.
-    """
+    """All gates of an adapter, the small tensors' joined."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self.sizes = [group.elements.log_alpha.numel() for group in groups]
@@ -213,15 +204,10 @@ class GateSet:
         return self._by_group([gates.step(rule, stretch, fused) for gates, _ in self._units])
 
     def step_groups(self, rule: Tensor, elements: Tensor, stretch: Stretch) -> None:
-        """Move the group gates.
+        """Move the group gates, by `rule` of shape (5,) and what [`open_elements`] gave before the step.
 
         The paper's product would pull on a group with the sum over its elements and shut whole tensors first. Its mean
         over the elements makes elements decide first; a group goes when nothing in it is worth lambda.
-
-        Args:
-            rule: as [`step`] takes it, shape (5,).
-            elements: what [`open_elements`] gave before the step.
-            stretch: (l, r).
         """
         some = [index for index in self._group_gates if self.sizes[index]]
         if some:

@@ -1,10 +1,8 @@
 """One update of an adapter's gates, and how many of them are open."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from diffpeft.gates.update import rules
 from diffpeft.gates.update.collect import collect, log_alphas
 from diffpeft.gates.update.held import GatedLayer
 from diffpeft.gates.update.in_backward import finish_update
-from diffpeft.gates.update.rules import StepSettings, StoredGroup
+from diffpeft.gates.update.rules import StepSettings
 from diffpeft.gates.update.state import GateSet
 
 
@@ -38,17 +36,14 @@ class OpenCount(NamedTuple):
     """Equal for as long as no gate moves."""
     elements: Tensor
     """Sum of P(element open) of each group, float64, shape (groups,)."""
-    expected: float
-    """The expected number of nonzeros."""
+    expected: float  # nonzeros
 
 
 class Progress(NamedTuple):
-    """How far gating has come."""
+    """How far gating has come: updates done so far, of how many."""
 
     step: int
-    """Updates done so far, from 0."""
     gating_steps: int
-    """Length of the gating phase."""
     total: int
     """Parameters of the base model, which the target density is a share of."""
 
@@ -61,12 +56,9 @@ def gates_version(layers: Sequence[GatedLayer], adapter_name: str) -> Any:
 
 def expected_l0(layers: Sequence[GatedLayer], adapter_name: str, config: GatingConfig) -> Tensor | None:
     """The expected number of nonzeros of an adapter, a differentiable scalar; None where it has no gates."""
-    terms = [
-        hard_concrete.expected_l0(
-            elements.log_alpha, None if gate is None else gate.log_alpha, config.stretch, config.group_penalty
-        )
-        for elements, gate in collect(layers, adapter_name)
-    ]
+    terms, how = [], (config.stretch, config.group_penalty)
+    for elements, gate in collect(layers, adapter_name):
+        terms.append(hard_concrete.expected_l0(elements.log_alpha, None if gate is None else gate.log_alpha, *how))
     return torch.stack(terms).sum() if terms else None
 
 
@@ -103,24 +95,19 @@ def gate_step(
     if all(finished) and (not checks or bool(torch.stack(checks).sum().isfinite())):
         if config.l0_lambda == "auto":
             before, gates = count_open(layers, adapter_name, config.stretch, known), GateSet(groups)
-            ratio = _wanted_nonzeros(config, progress, sum(gates.sizes)) / before.expected
+            initial = torch.tensor(config.init_log_alpha)
+            start = sum(gates.sizes) * float(torch.sigmoid(open_logit(initial, config.stretch)))
+            target = min(start, config.target_density * progress.total)
+            wanted = rules.density_schedule(progress.step, progress.gating_steps, start, target)
             max_step = rules.automatic_max_step(progress.step, progress.gating_steps, config.gate_learning_rate)
             settings = StepSettings(progress.step, max_step, config.stretch, fused, config.low_memory)
-            l0_lambda, elements = rules.automatic_step(gates, ratio, before.elements, settings)
+            l0_lambda, elements = rules.automatic_step(gates, wanted / before.expected, before.elements, settings)
             expected = gates.expected_nonzeros(config.stretch, elements)
             known = OpenCount(gates_version(layers, adapter_name), elements, expected)
         else:
             max_step, l0_lambda = config.gate_learning_rate or rules.PAPER_MAX_STEP, float(config.l0_lambda)
             settings = StepSettings(progress.step, max_step, config.stretch, fused)
-            # The config allows the low-memory mode with the automatic rule alone.
-            rules.fixed_lambda_step(cast("list[StoredGroup]", groups), l0_lambda, config.group_penalty, settings)
+            rules.fixed_lambda_step(groups, l0_lambda, config.group_penalty, settings)
     for log_alpha in log_alphas(layers, adapter_name):
         log_alpha.grad = None
     return l0_lambda, known
-
-
-def _wanted_nonzeros(config: GatingConfig, progress: Progress, count: int) -> float:
-    """Expected number of nonzeros after this step, of `count` gates."""
-    start = count * float(torch.sigmoid(open_logit(torch.tensor(config.init_log_alpha), config.stretch)))
-    target = min(start, config.target_density * progress.total)
-    return rules.density_schedule(progress.step, progress.gating_steps, start, target)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from diffpeft.gates.hard_concrete import expected_l0, open_probability
-from diffpeft.gates.update import rules, solver
+from diffpeft.gates.update import rules
 from diffpeft.gates.update.rules import StepSettings
 from diffpeft.gates.update.state import Group, StoredGates
 
@@ -198,7 +198,7 @@ def test_automatic_step_does_not_count_the_elements_of_a_shut_group():
 
 
 def test_automatic_step_samples_many_gates_and_still_reaches_what_is_wanted(monkeypatch):
-    monkeypatch.setattr(solver, "SAMPLE_GATES", 2000)
+    monkeypatch.setattr(rules, "SAMPLE_GATES", 2000)
     groups = make_groups([(100, 100), (3000,)], False, mean=1.0)
     set_random_gradients(groups, 1e-3, seed=1)
     for group in groups:  # no part of a tensor is like the whole
