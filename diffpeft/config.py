@@ -1,8 +1,6 @@
 # ruff: noqa: RUF009 - `_field` makes fields of a dataclass
 """The configuration of a diff-pruning adapter."""
 
-from __future__ import annotations
-
 import copy
 import math
 import tempfile
@@ -29,11 +27,8 @@ FORMAT_VERSION = 2
 
 
 def _peft_type() -> PeftType:
-    """`PeftType.DIFFPRUNING`, added on the first call.
-
-    `register_peft_method` takes only members of the enumeration and transformers reads `peft_type.value`, so a string
-    does not do; an enumeration with members cannot be subclassed, so the member is added to it.
-    """
+    """`PeftType.DIFFPRUNING`, added on the first call: PEFT registers only members, and an enumeration with
+    members cannot be subclassed."""
     if PEFT_TYPE not in PeftType.__members__:
         member = str.__new__(PeftType, PEFT_TYPE)
         member._name_ = member._value_ = PEFT_TYPE
@@ -49,7 +44,7 @@ def _peft_type() -> PeftType:
 DIFFPRUNING = _peft_type()
 
 
-def _field(default: Any, about: str, decides_run: bool = False) -> Any:
+def _field(default: Any, about: str, decides_run: bool = True) -> Any:
     """A field with its help text. One that `decides_run` must be as it was when a run is resumed."""
     return field(default=default, metadata={"help": about, "decides_run": decides_run})
 
@@ -66,84 +61,65 @@ class DiffPruningConfig(PeftConfig):
         None,
         "Modules to adapt: a list of names or suffixes, a regex, or 'all-linear', as in PEFT. None adapts every module "
         "that owns a parameter, except the task head, which is trained whole.",
-        decides_run=True,
     )
     exclude_modules: list[str] | str | None = _field(
-        None, "Modules not to adapt: a list of names or suffixes, or a regex.", decides_run=True
+        None, "Modules not to adapt: a list of names or suffixes, or a regex."
     )
     modules_to_save: list[str] | None = _field(
         None,
         "Modules that are trained whole and saved with the diff. With the default target_modules the fresh head of a "
         "task model is found and added.",
-        decides_run=True,
     )
-    layers_to_transform: list[int] | int | None = _field(
-        None, "Adapt only modules of the layers with these indices.", decides_run=True
-    )
+    layers_to_transform: list[int] | int | None = _field(None, "Adapt only modules of the layers with these indices.")
     layers_pattern: list[str] | str | None = _field(
-        None,
-        "The name before the layer index, where layers_to_transform cannot find it, e.g. 'layer'.",
-        decides_run=True,
+        None, "The name before the layer index, where layers_to_transform cannot find it, e.g. 'layer'."
     )
     target_density: float = _field(
         0.005,
         "Nonzeros of the diff as a share of all parameters of the base model, adapted or not; the task head does not "
         "count. In (0, 1].",
-        decides_run=True,
     )
     gated: bool = _field(
-        True,
-        "False trains without gates before magnitude pruning, as the paper's non-adaptive baseline does.",
-        decides_run=True,
+        True, "False trains without gates before magnitude pruning, as the paper's non-adaptive baseline does."
     )
-    structured: bool = _field(
-        True, "Add a gate for each parameter tensor (the paper's structured diff pruning).", decides_run=True
-    )
+    structured: bool = _field(True, "Add a gate for each parameter tensor (the paper's structured diff pruning).")
     group_penalty: str = _field(
         "product",
-        "How the gate of a parameter tensor enters the L0 penalty of a fixed l0_lambda: 'product' is the paper's "
-        "equation, 'additive' the formula of the released code. The same l0_lambda means different strengths in the "
-        "two.",
-        decides_run=True,
+        "How the gate of a parameter tensor enters the L0 penalty of a fixed l0_lambda, whose strength differs between "
+        "the two: 'product' is the paper's equation, 'additive' the formula of the released code.",
     )
     l0_lambda: float | str = _field(
         "auto",
         "Weight of the L0 penalty. 'auto' finds in every step the weight that brings the expected density to "
         "target_density by the end of gating; a number is the paper's fixed weight (1.25e-7 there).",
-        decides_run=True,
     )
     gate_learning_rate: float | None = _field(
         None,
         "Adam's learning rate for log_alpha, which is the most that it moves in a step. None means 0.1, as in the "
         "paper, with a fixed l0_lambda; with 'auto' it follows from the number of gating steps.",
-        decides_run=True,
     )
-    stretch: tuple[float, float] = _field(
-        (-1.5, 1.5), "(l, r) of the hard-concrete distribution, l < 0 and r > 1.", decides_run=True
-    )
-    init_log_alpha: float = _field(5.0, "Initial log_alpha of all gates.", decides_run=True)
+    stretch: tuple[float, float] = _field((-1.5, 1.5), "(l, r) of the hard-concrete distribution, l < 0 and r > 1.")
+    init_log_alpha: float = _field(5.0, "Initial log_alpha of all gates.")
     low_memory: bool = _field(
         False,
-        "Gating in the memory of full fine-tuning with AdamW, by coarser moments and by updates of the diff within the "
-        "backward pass (docs/performance.md, 'Low memory'). One process, no fp16 gradient scaling, an optimizer of "
-        "Adam's family.",
-        decides_run=True,
+        "Gating in the memory of full fine-tuning with AdamW, by coarser moments and updates within the backward pass "
+        "(docs/performance.md, 'Low memory'). One process, no fp16 gradient scaling, an optimizer of Adam's family.",
     )
-    init_weights: bool = _field(True, "True starts the diff at zero. False starts it at random, for tests.")
+    init_weights: bool = _field(True, "True starts the diff at zero. False starts it at random, for tests.", False)
     nnz_pattern: dict[str, int] | None = _field(
-        None, "Nonzeros of each parameter, set by pruning; None until then. Not meant to be set by hand."
+        None, "Nonzeros of each parameter, set by pruning; None until then. Not meant to be set by hand.", False
     )
     value_dtype: str = _field(
-        "float32", "dtype of a pruned diff's values in the file. `cast_values` sets it, for a smaller file."
+        "float32", "dtype of a pruned diff's values in the file. `cast_values` sets it, for a smaller file.", False
     )
     base_fingerprint: dict[str, str] | None = _field(
-        None, "A few weights of the base model, by which another one is noticed. Not meant to be set by hand."
+        None, "A few weights of the base model, by which another one is noticed. Not meant to be set by hand.", False
     )
     heads_checksum: int | None = _field(
-        None, "Checksum of the tensors of modules_to_save in the file. Not meant to be set by hand."
+        None, "Checksum of the tensors of modules_to_save in the file. Not meant to be set by hand.", False
     )
-    diff_checksum: int | None = _field(None, "Checksum of the diff in the file. Not meant to be set by hand.")
-    format_version: int = _field(FORMAT_VERSION, "Version of the file format. Not meant to be set by hand.")
+    diff_checksum: int | None = _field(None, "Checksum of the diff in the file. Not meant to be set by hand.", False)
+    format_version: int = _field(FORMAT_VERSION, "Version of the file format. Not meant to be set by hand.", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,32 +128,26 @@ class DiffPruningConfig(PeftConfig):
             self.target_modules = sorted(self.target_modules)
         self.stretch = _stretch(self.stretch, needed=self.gated and self.nnz_pattern is None)
         check_density(self.target_density)
-        if not isinstance(self.init_log_alpha, (int, float)) or not math.isfinite(self.init_log_alpha):
-            raise ValueError(
-                f"init_log_alpha={self.init_log_alpha!r} is no log_alpha; use a finite number, 5.0 in the paper"
-            )
+        alpha, penalty, rate = self.init_log_alpha, self.l0_lambda, self.gate_learning_rate
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"init_log_alpha={alpha!r} is no log_alpha; use a finite number, 5.0 in the paper")
         if self.group_penalty not in GROUP_PENALTIES:
             raise ValueError(f"group_penalty={self.group_penalty!r} is not known; use one of {GROUP_PENALTIES}")
-        if self.l0_lambda != "auto" and not (
-            isinstance(self.l0_lambda, (int, float)) and 0 <= self.l0_lambda < float("inf")
-        ):
-            raise ValueError(
-                f"l0_lambda={self.l0_lambda!r} is no penalty; use 'auto' or a finite number of at least 0, e.g. 1.25e-7"
-            )
-        if self.low_memory and not (self.gated and self.l0_lambda == "auto"):
+        if penalty != "auto" and not (isinstance(penalty, (int, float)) and 0 <= penalty < math.inf):
+            remedy = "use 'auto' or a finite number of at least 0, e.g. 1.25e-7"
+            raise ValueError(f"l0_lambda={penalty!r} is no penalty; {remedy}")
+        if self.low_memory and not (self.gated and penalty == "auto"):
             raise ValueError(
                 f"low_memory=True is for gates under the automatic penalty, not for gated={self.gated} and "
-                f"l0_lambda={self.l0_lambda!r}; use gated=True and l0_lambda='auto', or low_memory=False"
+                f"l0_lambda={penalty!r}; use gated=True and l0_lambda='auto', or low_memory=False"
             )
-        if self.low_memory and abs(self.init_log_alpha) > MAX_FP16_LOG_ALPHA:
+        if self.low_memory and abs(alpha) > MAX_FP16_LOG_ALPHA:
             raise ValueError(
-                f"init_log_alpha={self.init_log_alpha} is farther than what low_memory=True can hold in fp16; use at "
-                f"most {MAX_FP16_LOG_ALPHA:g}, 5.0 in the paper"
+                f"init_log_alpha={alpha} is farther than what low_memory=True can hold in fp16; use at most "
+                f"{MAX_FP16_LOG_ALPHA:g}, 5.0 in the paper"
             )
-        if self.gate_learning_rate is not None and not 0 < self.gate_learning_rate < float("inf"):
-            raise ValueError(
-                f"gate_learning_rate={self.gate_learning_rate} cannot move the gates; use a positive number or None"
-            )
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"gate_learning_rate={rate} cannot move the gates; use a positive number or None")
         check_dtype(self.value_dtype)
         if not isinstance(self.format_version, int) or self.format_version != FORMAT_VERSION:
             raise ValueError(
@@ -190,10 +160,9 @@ class DiffPruningConfig(PeftConfig):
             )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json and the adapter's part of README.md (PEFT calls this last when it saves).
+        """Write adapter_config.json, with the weights staged for it, and the adapter's part of README.md.
 
-        Weights that PEFT has just staged for the directory take their place together with the config, which gets their
-        checksums.
+        PEFT calls this last when it saves.
         """
         directory = Path(save_directory)
         saved = copy.copy(self)
@@ -208,8 +177,7 @@ class DiffPruningConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **kwargs: Any) -> dict[str, Any]:
-        """The contents of the config that belongs to the weights (PEFT's hook), even where a kill left it under another
-        name."""
+        """The contents of the config that belongs to the weights, even where a kill left it under another name."""
         pending = pending_config(Path(path_json_file).parent)
         contents: dict[str, Any] = super().from_json_file(str(pending or path_json_file), **kwargs)
         return contents
@@ -230,11 +198,8 @@ def _stretch(stretch: Any, needed: bool) -> tuple[float, float]:
         low, high = (float(bound) for bound in stretch)  # a list when the config comes from JSON
     except (TypeError, ValueError):
         raise ValueError(f"stretch={stretch!r} is no pair of numbers; use l < 0 and r > 1, e.g. (-1.5, 1.5)") from None
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"stretch=({low}, {high}) is not finite; use l < 0 and r > 1, e.g. (-1.5, 1.5)")
-    if needed and not (low < 0 and high > 1):
-        raise ValueError(
-            f"stretch=({low}, {high}) never closes or never opens a gate for good; "
-            "use l < 0 and r > 1, e.g. (-1.5, 1.5)"
-        )
+    finite = math.isfinite(low) and math.isfinite(high)
+    if not finite or (needed and not (low < 0 and high > 1)):
+        reason = "never closes or never opens a gate for good" if finite else "is not finite"
+        raise ValueError(f"stretch=({low}, {high}) {reason}; use l < 0 and r > 1, e.g. (-1.5, 1.5)")
     return low, high

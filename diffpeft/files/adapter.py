@@ -1,7 +1,5 @@
 """Pruned adapters as files, written and read without a model: PEFT's directory of weights and config."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os
@@ -17,20 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffpeft.files import keys
 from diffpeft.files.atomic import replace_config, stage_weights
 from diffpeft.files.checkpoint import parameter_shapes
 from diffpeft.files.encoding import VALUE_DTYPES, checksums_of, decode, dtype_name, encode
-from diffpeft.files.keys import (
-    KEY_MARKER,
-    PEFT_TYPE,
-    POSITIONS,
-    VALUES,
-    diff_keys,
-    file_key,
-    heads_of,
-    owners,
-    parameter_and_kind,
-)
 from diffpeft.sparse.diff import Diff, check_diff, count_nonzeros
 
 
@@ -45,9 +33,6 @@ class Decoded(NamedTuple):
     """The dtype that the values have in the file."""
 
 
-# Writing
-
-
 def write_adapter(
     directory: str | os.PathLike[str],
     config: PeftConfig,
@@ -58,15 +43,13 @@ def write_adapter(
 ) -> None:
     """Write what `save_pretrained` writes for a pruned adapter.
 
-    The old adapter of the directory is replaced whole: if writing is cut off, the directory holds the old adapter, the
-    new one, or none that loads. Two processes must not write into one directory at once.
+    If writing is cut off, the directory holds the old adapter, the new one, or none that loads. Two processes must not
+    write into one directory at once.
 
     Args:
         directory: made if it is not there.
-        config: the adapter's [`DiffPruningConfig`]. The file's says `inference_mode` and gets its counts and checksums
-            from what is written; this one is left alone.
-        diff: by the parameters' names in the base model. Parameters without nonzeros take no tensors. Values are stored
-            in the config's `value_dtype`.
+        config: the adapter's [`DiffPruningConfig`], which is left alone: the file's gets counts and checksums.
+        diff: by the parameters' names in the base model. Values are stored in the config's `value_dtype`.
         shapes: shapes of all parameters that the adapter covers, by name, those without nonzeros too.
         heads: the tensors of the modules of `modules_to_save`, by name in the base model.
         wrapped: modules that the tuner wraps, by default those that own one of `shapes`.
@@ -74,20 +57,19 @@ def write_adapter(
     Raises:
         ValueError: a parameter that `shapes` lacks; positions out of order or range, or of another number than the
             values; values or heads that are not finite; an empty diff.
-        OSError: the file system's.
     """
-    wrapped = owners(shapes) if wrapped is None else wrapped
+    wrapped = keys.owners(shapes) if wrapped is None else wrapped
     check_diff(diff, shapes)
     tensors = dict[str, Tensor]()
     for name, (positions, values) in diff.items():
         if values.numel():
             numel, values = shapes[name].numel(), values.detach().to("cpu", copy=True).contiguous()
             encoded = encode(positions.cpu(), values, numel, config.value_dtype, name)
-            tensors.update(zip(diff_keys(name, wrapped), encoded, strict=True))
+            tensors.update(zip(keys.diff_keys(name, wrapped), encoded, strict=True))
     if not tensors:
         raise ValueError("the diff has no nonzeros, so there is nothing to write")
     for name, head in (heads or {}).items():
-        tensors[file_key(name, wrapped)] = head.detach().to("cpu", copy=True).contiguous()
+        tensors[keys.file_key(name, wrapped)] = head.detach().to("cpu", copy=True).contiguous()
     config = copy.copy(config)
     config.inference_mode = True
     config.nnz_pattern = {name: count for name, count in count_nonzeros(diff).items() if count}
@@ -97,9 +79,6 @@ def write_adapter(
     replace_config(Path(directory), json.dumps(config.to_dict(), indent=2, sort_keys=True))
 
 
-# Reading
-
-
 def read_adapter(
     directory: str | os.PathLike[str], shapes: Mapping[str, torch.Size] | None = None
 ) -> tuple[PeftConfig, Diff, dict[str, Tensor]]:
@@ -107,17 +86,14 @@ def read_adapter(
 
     Args:
         directory: with adapter_config.json and adapter_model.safetensors.
-        shapes: shapes of the base model's parameters by name, without which positions cannot be decoded: those of
-            `named_parameters()`, or of `parameter_shapes(...)`. None takes them from the base model that the config
-            names, if that is a directory.
+        shapes: shapes of the base model's parameters by name, as of `parameter_shapes(...)`. None takes them from the
+            base model that the config names, if that is a directory.
 
     Returns:
-        The config, a `DiffPruningConfig`; the diff, as `DiffPruningModel.get_diff` gives it, values fp32; and the
-        tensors of the heads by name in the base model.
+        The config, a `DiffPruningConfig`; the diff, values fp32; and the tensors of the heads, by names in the base.
 
     Raises:
-        ValueError: a file is missing or damaged; the adapter is not pruned, or of another method or model; and what
-            [`verify`] refuses.
+        ValueError: a file is missing; and what [`read_config`] and [`verify`] refuse.
     """
     directory = Path(directory)
     config, file = read_config(directory), directory / SAFETENSORS_WEIGHTS_NAME
@@ -128,7 +104,10 @@ def read_adapter(
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}); save or download it again") from None
     try:
-        decoded = verify(tensors, config, _base_shapes(config) if shapes is None else shapes)
+        base = config.base_model_name_or_path
+        if shapes is None and (base is None or not Path(base).is_dir()):
+            raise ValueError(f"the base model {base!r} is no directory here; pass shapes=, by which positions decode")
+        decoded = verify(tensors, config, parameter_shapes(base) if shapes is None else shapes)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return config, decoded.diff, decoded.heads
@@ -137,8 +116,7 @@ def read_adapter(
 def read_config(directory: Path) -> PeftConfig:
     """The config of a pruned adapter.
 
-    Raises:
-        ValueError: it is missing or damaged, of an adapter in gating, or of another method.
+    Raises ValueError where it is missing or damaged, of an adapter in gating, or of another method.
     """
     file = directory / CONFIG_NAME
     try:
@@ -147,22 +125,12 @@ def read_config(directory: Path) -> PeftConfig:
         raise ValueError(f"{file} is missing, so this is no adapter, or one that was not written to the end") from None
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is damaged ({error}); save or download it again") from None
-    if kind != PEFT_TYPE:
-        raise ValueError(f"{file}: peft_type is {kind!r}, not {PEFT_TYPE!r}; load it with PeftModel.from_pretrained")
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE].from_pretrained(str(directory))
+    if kind != keys.PEFT_TYPE:
+        raise ValueError(f"{file}: peft_type is {kind!r}, not 'DIFFPRUNING'; load it with PeftModel.from_pretrained")
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[keys.PEFT_TYPE].from_pretrained(str(directory))
     if config.nnz_pattern is None:
         raise ValueError(f"{file}: the adapter is still in gating; load it with PEFT and call magnitude_prune() first")
     return config
-
-
-def _base_shapes(config: PeftConfig) -> dict[str, torch.Size]:
-    base = config.base_model_name_or_path
-    if base is None or not Path(base).is_dir():
-        raise ValueError(f"the base model {base!r} is no directory here; pass shapes=, by which positions decode")
-    return parameter_shapes(base)
-
-
-# Verification
 
 
 def verify(tensors: Mapping[str, Tensor], config: PeftConfig, shapes: Mapping[str, torch.Size]) -> Decoded:
@@ -170,27 +138,28 @@ def verify(tensors: Mapping[str, Tensor], config: PeftConfig, shapes: Mapping[st
 
     Args:
         tensors: of the file, by key.
-        config: the file's; its `nnz_pattern`, `heads_checksum` and `diff_checksum` are compared where they are not
-            None.
+        config: the file's; its `nnz_pattern`, `heads_checksum` and `diff_checksum` are compared where they are set.
         shapes: shapes of the base model's parameters by name.
 
     Raises:
-        ValueError: values without positions, or positions without values; a dtype or shape that no diff has; a checksum
-            that is wrong; positions out of order or range; values or heads that are NaN or infinite; values of several
-            dtypes; a parameter that `shapes` lacks; counts that the config contradicts; tensors of an adapter in
-            gating.
+        ValueError: values or positions alone; a dtype or shape that no diff has; a wrong checksum; positions out of
+            order or range; values or heads that are NaN or infinite; values of several dtypes; a parameter that
+            `shapes` lacks; counts that the config contradicts; tensors of an adapter in gating.
     """
     heads = verify_heads(tensors, config.heads_checksum)
     pairs = _pairs(tensors)
     if config.nnz_pattern is not None:
-        _check_counts({name: stored.numel() for name, (stored, _) in pairs.items()}, config.nnz_pattern)
+        counts = {name: stored.numel() for name, (stored, _) in pairs.items()}
+        for name in sorted(counts.keys() | config.nnz_pattern.keys()):
+            found, told = counts.get(name, 0), config.nnz_pattern.get(name, 0)
+            if found != told:
+                other = "the files do not belong together"
+                raise ValueError(f"{name} has {found} values, but {CONFIG_NAME} says {told}; {other}")
     diff = {}
     for name, (stored, buffer) in pairs.items():
         if name not in shapes:
-            raise ValueError(
-                f"{name} is no parameter of the base model that the adapter covers; "
-                "use the adapter's own model and config"
-            )
+            what = "no parameter of the base model that the adapter covers"
+            raise ValueError(f"{name} is {what}; use the adapter's own model and config")
         try:
             diff[name] = decode(stored, buffer, shapes[name].numel(), name)
         except ValueError as error:
@@ -206,10 +175,9 @@ def verify(tensors: Mapping[str, Tensor], config: PeftConfig, shapes: Mapping[st
 def verify_heads(tensors: Mapping[str, Tensor], checksum: int | None) -> dict[str, Tensor]:
     """The heads among the tensors of a file, by their names in the base model.
 
-    Raises:
-        ValueError: another checksum than the given one, where it is not None; a head that is NaN or infinite.
+    Raises ValueError for another checksum than the given one, where it is set, and a head that is NaN or infinite.
     """
-    heads = heads_of(tensors)
+    heads = keys.heads_of(tensors)
     for name, head in heads.items():
         if not bool(head.isfinite().all()):
             raise ValueError(f"head {name} has NaN or infinite values; it is damaged, or its training has diverged")
@@ -222,12 +190,12 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Stored values and buffer of positions by the parameter's name in the base model."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        if KEY_MARKER not in key:
+        if keys.KEY_MARKER not in key:
             continue
-        name, kind = parameter_and_kind(key)
-        if kind not in (VALUES, POSITIONS):
+        name, kind = keys.parameter_and_kind(key)
+        if kind not in (keys.VALUES, keys.POSITIONS):
             raise ValueError(f"{key} is of an adapter in gating; load it with PEFT and call magnitude_prune() first")
-        wanted = ("uint8",) if kind == POSITIONS else VALUE_DTYPES
+        wanted = ("uint8",) if kind == keys.POSITIONS else VALUE_DTYPES
         if tensor.dim() != 1 or dtype_name(tensor.dtype) not in wanted:
             raise ValueError(
                 f"{key} is {tensor.dtype} of {tuple(tensor.shape)}, not {' or '.join(wanted)} of (k,); it is damaged"
@@ -235,15 +203,6 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         found.setdefault(name, {})[kind] = tensor
     for name, parts in found.items():
         if len(parts) == 1:
-            lost = "values" if POSITIONS in parts else "positions"
+            lost = "values" if keys.POSITIONS in parts else "positions"
             raise ValueError(f"{name} has no {lost}; the file is damaged")
-    return {name: (parts[VALUES], parts[POSITIONS]) for name, parts in found.items()}
-
-
-def _check_counts(counts: Mapping[str, int], expected: Mapping[str, int]) -> None:
-    for name in sorted(counts.keys() | expected.keys()):
-        found, told = counts.get(name, 0), expected.get(name, 0)
-        if found != told:
-            raise ValueError(
-                f"{name} has {found} values, but {CONFIG_NAME} says {told}; the files do not belong together"
-            )
+    return {name: (parts[keys.VALUES], parts[keys.POSITIONS]) for name, parts in found.items()}

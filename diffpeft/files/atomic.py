@@ -1,8 +1,7 @@
 """Replace an adapter's two files together, so that whoever reads them finds the old adapter or the new one.
 
-Both new files are written beside the old ones; then the weights are renamed, and then the config. While the renaming
-has begun and not ended, the new config is still beside the old one and the new weights are not: [`pending_config`]
-finds it for readers, and the next that writes ends it.
+Both new files are written beside the old ones; then the weights are renamed, and then the config. In between, the new
+config stands there without new weights: [`pending_config`] finds it for readers, and the next that writes renames it.
 """
 
 import os
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from diffpeft.files.encoding import Checksums, checksums_of
 
-_NEW = ".new"
 _staged: dict[Path, Checksums] = {}
 """Checksums of the weights that this process has staged, by the directory whose config is still to come."""
 
@@ -28,12 +26,7 @@ def staged_checksums(directory: Path) -> Checksums | None:
 def stage_weights(directory: Path, tensors: dict[str, Tensor]) -> Checksums:
     """Write weights beside those of the directory's adapter, to take their place when [`replace_config`] is called.
 
-    Args:
-        directory: made if it is not there.
-        tensors: of the weights file, by key.
-
-    Returns:
-        The checksums of the weights, which belong into the config.
+    Returns their checksums, which belong into the config.
     """
     directory.mkdir(parents=True, exist_ok=True)
     pending = pending_config(directory)
@@ -41,7 +34,7 @@ def stage_weights(directory: Path, tensors: dict[str, Tensor]) -> Checksums:
         os.replace(pending, directory / CONFIG_NAME)
         _sync(directory)
     _staged.pop(directory.resolve(), None)
-    new = directory / (SAFETENSORS_WEIGHTS_NAME + _NEW)
+    new, _ = _new_files(directory)
     try:
         save_tensors(tensors, new, {"format": "pt"})
         _sync(new)
@@ -53,14 +46,9 @@ def stage_weights(directory: Path, tensors: dict[str, Tensor]) -> Checksums:
 
 
 def replace_config(directory: Path, config: str) -> None:
-    """Replace the directory's config, and its weights by those that were staged for it, if there are any.
-
-    Args:
-        directory: made if it is not there.
-        config: the text of the config file.
-    """
+    """Replace the text of the directory's config, and its weights by those that were staged for it, if any."""
     directory.mkdir(parents=True, exist_ok=True)
-    new_weights, new_config = (directory / (name + _NEW) for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME))
+    new_weights, new_config = _new_files(directory)
     staged = directory.resolve() in _staged
     try:
         new_config.write_text(config)
@@ -80,12 +68,6 @@ def replace_config(directory: Path, config: str) -> None:
     _sync(directory)
 
 
-def replace_adapter(directory: Path, tensors: dict[str, Tensor], config: str) -> None:
-    """Replace an adapter by these weights and this config. An error while they are written leaves the old one."""
-    stage_weights(directory, tensors)
-    replace_config(directory, config)
-
-
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file with the permissions of any new file; safetensors alone makes it private (0600)."""
     path.touch()
@@ -96,8 +78,12 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, 
 
 def pending_config(directory: Path) -> Path | None:
     """The config that belongs to the directory's weights, if the process that replaced them ended too early."""
-    new_config, new_weights = (directory / (name + _NEW) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
+    new_weights, new_config = _new_files(directory)
     return new_config if new_config.exists() and not new_weights.exists() else None
+
+
+def _new_files(directory: Path) -> tuple[Path, Path]:
+    return directory / f"{SAFETENSORS_WEIGHTS_NAME}.new", directory / f"{CONFIG_NAME}.new"
 
 
 def _sync(path: Path) -> None:

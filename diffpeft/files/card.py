@@ -1,7 +1,5 @@
 """The model card of an adapter: what it changes, how large it is, and how to load it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +9,15 @@ from huggingface_hub import ModelCard
 
 BEGIN, END = "<!-- diffpeft: begin -->", "<!-- diffpeft: end -->"
 TAGS = ("diffpeft", "diff-pruning")
+AUTO_CLASS_SUFFIXES = {
+    "SEQ_CLS": "ForSequenceClassification",
+    "CAUSAL_LM": "ForCausalLM",
+    "SEQ_2_SEQ_LM": "ForSeq2SeqLM",
+    "TOKEN_CLS": "ForTokenClassification",
+    "QUESTION_ANS": "ForQuestionAnswering",
+    "FEATURE_EXTRACTION": "ForFeatureExtraction",
+}
+"""How PEFT's auto class of a task type ends."""
 MAX_ROWS = 12
 """Rows of the table of the parameters with most nonzeros; the rest is one row more."""
 
@@ -23,11 +30,7 @@ def update_card(
 ) -> None:
     """Write the part of an adapter's README.md that is between our marks; the rest is left alone.
 
-    Args:
-        directory: of the adapter.
-        config: the contents of adapter_config.json.
-        metrics: results to show, by name. None keeps those that the card shows already.
-        repo_id: the adapter's repository on the Hub.
+    `config` has the contents of adapter_config.json; `metrics` the results to show, by name, None those that are there.
     """
     path = directory / "README.md"
     card = ModelCard.load(path) if path.is_file() else ModelCard("---\n{}\n---\n", ignore_metadata_errors=True)
@@ -67,34 +70,16 @@ def _section(config: Mapping[str, Any], size: int | None, results: str, repo_id:
             "" if size is None else f"Weights: {size:,} bytes. Merging and unmerging it is exact to the bit.",
             _table(nnz, nonzeros),
         ]
-    use = [
-        "```python",
-        "import diffpeft  # so that PEFT knows the method; without it: KeyError: 'DIFFPRUNING'",
-        f"from peft import {_auto_class(config.get('task_type'))}",
-        "",
-        f'model = {_auto_class(config.get("task_type"))}.from_pretrained("{repo_id}")',
-        "```",
-    ]
-    parts = [
-        BEGIN,
-        *(part for part in what if part),
-        results,
-        "\n".join(["`pip install diffpeft`, then", "", *use]),
-        END,
-    ]
-    return "\n\n".join(part for part in parts if part)
+    auto_class = "AutoPeftModel" + AUTO_CLASS_SUFFIXES.get(str(config.get("task_type")), "")
+    use = f"""`pip install diffpeft`, then
 
+```python
+import diffpeft  # so that PEFT knows the method; without it: KeyError: 'DIFFPRUNING'
+from peft import {auto_class}
 
-def _auto_class(task_type: str | None) -> str:
-    names = {
-        "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-        "CAUSAL_LM": "AutoPeftModelForCausalLM",
-        "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-        "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-        "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-        "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-    }
-    return names.get(str(task_type), "AutoPeftModel")
+model = {auto_class}.from_pretrained("{repo_id}")
+```"""
+    return "\n\n".join(part for part in (BEGIN, *what, results, use, END) if part)
 
 
 def _table(nnz: Mapping[str, int], nonzeros: int) -> str:

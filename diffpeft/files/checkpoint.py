@@ -1,7 +1,5 @@
 """The tensors of a base model, one at a time: from a directory of safetensors, or from a model in memory."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -51,7 +49,7 @@ class Checkpoint:
         load: gives the tensor of any of these names; it is not kept.
         backbone: the name of the backbone in a task model; None where it is not known or where the model is one.
         heads: the modules of a fresh task head.
-        model_class: the model's class, where it is known.
+        model_class: None where it is not known.
     """
 
     label: str
@@ -65,12 +63,7 @@ class Checkpoint:
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """A checkpoint's tensors, each read when it is asked for.
-
-    Args:
-        checkpoint: where they are.
-        names: their names in it by the names that they have here.
-    """
+    """A checkpoint's tensors, each read when it is asked for; `names` has their names in it by those here."""
 
     def __init__(self, checkpoint: Checkpoint, names: dict[str, str]) -> None:
         self.checkpoint, self.names = checkpoint, names
@@ -86,37 +79,35 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
-    """The tensors of `source`, without reading them.
+    """The tensors of a model or a directory of safetensors (one file, or shards with an index), without reading them.
 
-    Args:
-        source: a model, or a directory with model.safetensors, or with its shards and their index. Where config.json
-            names an architecture of transformers, the names are those of the model that `from_pretrained` makes of it,
-            else those of the file.
+    Where config.json names an architecture of transformers, the names are those of the model that `from_pretrained`
+    makes, else those of the file.
 
     Raises:
         ValueError: no directory, or no safetensors in it; a shard or a parameter is missing; parameters that are put
             together from several tensors on loading.
     """
     if isinstance(source, (str, os.PathLike)):
-        return _of_directory(Path(source))
+        stored, skeleton = _stored(Path(source))
+        shapes = {name: tensor.shape for name, tensor in stored.items() if tensor.floating}
+        return _checkpoint(str(source), shapes, skeleton, lambda name: stored[name].load())
+    label = type(source).__name__
     if not isinstance(source, nn.Module):
-        raise ValueError(f"{type(source).__name__} is no model; pass a directory or a PreTrainedModel")
+        raise ValueError(f"{label} is no model; pass a directory or a PreTrainedModel")
     tensors = {**source.state_dict(keep_vars=True), **dict(source.named_parameters(remove_duplicate=False))}
     floating = {name: tensor.shape for name, tensor in tensors.items() if tensor.is_floating_point()}
     offloaded = [name for name, tensor in tensors.items() if tensor.is_meta]
     if offloaded:
-        raise ValueError(
-            f"{type(source).__name__}: {offloaded[0]} is offloaded; pass the directory of the model instead"
-        )
-    _check_unquantized(type(source).__name__, getattr(getattr(source, "config", None), "quantization_config", None))
-    return _checkpoint(type(source).__name__, floating, source, lambda name: tensors[name].detach())
+        raise ValueError(f"{label}: {offloaded[0]} is offloaded; pass the directory of the model instead")
+    _check_unquantized(label, getattr(getattr(source, "config", None), "quantization_config", None))
+    return _checkpoint(label, floating, source, lambda name: tensors[name].detach())
 
 
 def parameter_shapes(source: Source) -> dict[str, torch.Size]:
     """Shapes of all floating parameters of a model or of a directory, by their names in the model, tied ones once.
 
-    Raises:
-        ValueError: what [`open_checkpoint`] refuses.
+    Raises ValueError as [`open_checkpoint`] does.
     """
     return open_checkpoint(source).parameters
 
@@ -153,26 +144,14 @@ def _checkpoint(
     )
 
 
-def _of_directory(directory: Path) -> Checkpoint:
-    stored, skeleton = _stored(directory), skeleton_of(directory)
-    if skeleton is not None:
-        stored = _renamed(stored, skeleton, directory)
-    shapes = {name: tensor.shape for name, tensor in stored.items() if tensor.floating}
-    return _checkpoint(str(directory), shapes, skeleton, lambda name: stored[name].load())
-
-
 def locate(directory: Path) -> dict[str, list[StoredTensor]]:
-    """Every tensor of a directory by its name in the model: one place in the files, several where a tied one is there
-    under more than one of its names.
+    """Every place in a directory's files of each tensor by its name in the model; a tied one may have several.
 
-    Raises:
-        ValueError: what [`open_checkpoint`] refuses.
+    Raises ValueError as [`open_checkpoint`] does.
     """
-    stored, skeleton = _stored(directory), skeleton_of(directory)
-    if skeleton is None:
-        return {name: [tensor] for name, tensor in stored.items()}
-    stored = _renamed(stored, skeleton, directory)
-    identities = {name: id(p) for name, p in skeleton.named_parameters(remove_duplicate=False)}
+    stored, skeleton = _stored(directory)
+    every = skeleton.named_parameters(remove_duplicate=False) if skeleton is not None else ()
+    identities = {name: id(parameter) for name, parameter in every}
     tied: dict[int, list[StoredTensor]] = {}
     for name, identity in identities.items():
         if name in stored and stored[name] not in tied.setdefault(identity, []):
@@ -183,25 +162,21 @@ def locate(directory: Path) -> dict[str, list[StoredTensor]]:
 def fresh_head(model: nn.Module) -> list[str]:
     """Names of the modules beside the pretrained backbone of a task model, e.g. ["classifier"].
 
-    A model that generates has no fresh head: its output layer is pretrained. Modules without parameters are left out,
-    as are models that do not tell where their backbone is.
+    A model that generates has none, as its output layer is pretrained, nor has one that does not tell its backbone.
     """
     if not isinstance(model, PreTrainedModel) or model.can_generate() or model.get_output_embeddings() is not None:
         return []
-    prefix = model.base_model_prefix
-    children = dict(model.named_children())
-    if prefix not in children:
-        return []
-    return [name for name, child in children.items() if name != prefix and any(True for _ in child.parameters())]
+    children, prefix = dict(model.named_children()), model.base_model_prefix
+    fresh = [name for name, child in children.items() if name != prefix and any(True for _ in child.parameters())]
+    return fresh if prefix in children else []
 
 
-def _stored(directory: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a directory by its name in the files."""
+def _stored(directory: Path) -> tuple[dict[str, StoredTensor], PreTrainedModel | None]:
+    """Every tensor of a directory by its name in the model, and the directory's [`skeleton_of`]."""
+    shards = {WEIGHTS}
     if (directory / INDEX).is_file():
-        shards = sorted(set(json.loads((directory / INDEX).read_text())["weight_map"].values()))
-        files = [directory / shard for shard in shards]
-    else:
-        files = [directory / WEIGHTS]
+        shards = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
+    files = [directory / shard for shard in sorted(shards)]
     lost = [file.name for file in files if not file.is_file()]
     if lost:
         found = sorted(file.name for file in directory.glob("*.bin")) if directory.is_dir() else []
@@ -219,7 +194,8 @@ def _stored(directory: Path) -> dict[str, StoredTensor]:
                     stored[key] = StoredTensor(path, key, torch.Size(tensor.get_shape()), floating)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); download or save it again") from None
-    return stored
+    skeleton = skeleton_of(directory)
+    return stored if skeleton is None else _renamed(stored, skeleton, directory), skeleton
 
 
 def skeleton_of(directory: Path) -> PreTrainedModel | None:

@@ -34,9 +34,6 @@ class Checksums(NamedTuple):
     diff: int
 
 
-# Sizes and dtypes
-
-
 def check_dtype(dtype: str) -> None:
     """Raise ValueError for a dtype that values cannot have in a file."""
     if dtype not in VALUE_DTYPES:
@@ -55,18 +52,14 @@ def buffer_size(count: int, numel: int, dtype: str) -> int:
 
 def stored_size(count: int, numel: int, dtype: str) -> int:
     """Bytes of what [`encode`] gives: values and their buffer of positions."""
-    width: int = getattr(torch, dtype).itemsize
-    return count * width + buffer_size(count, numel, dtype)
-
-
-# Both ways
+    return count * int(getattr(torch, dtype).itemsize) + buffer_size(count, numel, dtype)
 
 
 def encode(positions: Tensor, values: Tensor, numel: int, dtype: str, name: str = "") -> tuple[Tensor, Tensor]:
     """A parameter's diff as it stands in a file.
 
     Args:
-        positions: int64, shape (k,), strictly increasing, in [0, numel); k > 0.
+        positions: int64, shape (k,), strictly increasing, in [0, numel), else ValueError; k > 0.
         values: floating, shape (k,).
         numel: elements of the parameter.
         dtype: one of VALUE_DTYPES.
@@ -74,9 +67,6 @@ def encode(positions: Tensor, values: Tensor, numel: int, dtype: str, name: str 
 
     Returns:
         The values in that dtype, shape (k,), and the buffer, uint8, shape (buffer_size(k, numel, dtype),).
-
-    Raises:
-        ValueError: positions out of order or out of range.
     """
     stored, scale = _quantize(values, dtype)
     return stored, add_checksum(pack(positions, numel, scale), stored, name)
@@ -85,14 +75,8 @@ def encode(positions: Tensor, values: Tensor, numel: int, dtype: str, name: str 
 def decode(stored: Tensor, buffer: Tensor, numel: int, name: str = "") -> tuple[Tensor, Tensor]:
     """Positions (int64) and values (fp32), both of shape (k,), from what [`encode`] gave for a parameter.
 
-    Args:
-        stored: values as in the file, shape (k,).
-        buffer: positions as in the file, uint8.
-        numel: elements of the parameter.
-        name: of the parameter in the base model.
-
     Raises:
-        ValueError: a wrong checksum; no code of k positions below `numel`; and what [`decode_values`] refuses.
+        ValueError: no code of k positions below `numel`; and what [`decode_values`] refuses.
     """
     positions = unpack(buffer, stored.numel(), numel)
     return positions, decode_values(stored, buffer, numel, name)
@@ -113,14 +97,9 @@ def decode_values(stored: Tensor, buffer: Tensor, numel: int, name: str = "") ->
         raise ValueError(f"its scale is {scale.item()}, not positive and finite: the file is damaged")
     values = _dequantize(stored, scale)
     if not bool(values.isfinite().all()):
-        raise ValueError(
-            f"its values are NaN or infinite in {dtype_name(stored.dtype)}: the file is damaged, its training has "
-            "diverged, or the dtype is too narrow"
-        )
+        reasons = "the file is damaged, its training has diverged, or the dtype is too narrow"
+        raise ValueError(f"its values are NaN or infinite in {dtype_name(stored.dtype)}: {reasons}")
     return values
-
-
-# Values
 
 
 def rounded(values: Tensor, dtype: str) -> Tensor:
@@ -139,8 +118,7 @@ def _quantize(values: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     if dtype != "int8":
         return values.to(getattr(torch, dtype)), values.new_empty(0, dtype=torch.float32)
     values = values.float()
-    # Divided by a tensor: by a number, GPUs multiply with its rounded reciprocal. Below `tiny` the scale would lose
-    # bits.
+    # Divided by a tensor: by a number, GPUs multiply with its rounded reciprocal. Below `tiny` a scale loses bits.
     scale = values.abs().amax(0, keepdim=True) / values.new_full((1,), 127)
     scale.clamp_(min=torch.finfo(torch.float32).tiny)
     return (values / scale).round().to(torch.int8), scale
@@ -150,16 +128,10 @@ def _dequantize(stored: Tensor, scale: Tensor) -> Tensor:
     return stored.float() * scale if scale.numel() else stored.float()
 
 
-# The buffer of positions
-
-
 def pack(positions: Tensor, numel: int, scale: Tensor | None = None) -> Tensor:
-    """The buffer of positions as it is in memory, uint8: without a checksum.
+    """The buffer of positions (those of [`encode`]) as it is in memory, uint8: without a checksum.
 
-    Args:
-        positions: int64, shape (k,), strictly increasing, in [0, numel).
-        numel: elements of the parameter.
-        scale: of the values, fp32, shape (1,), or (0,) or None where they have none.
+    `scale` is that of the values, fp32, shape (1,), or (0,) or None where they have none.
     """
     code = elias_fano.pack(positions, numel)
     scale = torch.empty(0) if scale is None else scale
@@ -177,11 +149,7 @@ def scale_of(buffer: Tensor, count: int, numel: int) -> Tensor:
 
 
 def _code_start(buffer: Tensor, count: int, numel: int) -> int:
-    has_scale = buffer.numel() == buffer_size(count, numel, "int8")
-    return CHECKSUM_BYTES + SCALE_BYTES * has_scale
-
-
-# Checksums
+    return CHECKSUM_BYTES + SCALE_BYTES * (buffer.numel() == buffer_size(count, numel, "int8"))
 
 
 def add_checksum(buffer: Tensor, values: Tensor, name: str = "") -> Tensor:

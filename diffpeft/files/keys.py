@@ -44,12 +44,7 @@ def owners(names: Iterable[str]) -> set[str]:
 
 
 def file_key(name: str, wrapped: Collection[str]) -> str:
-    """The key of a module or a tensor of the base model in an adapter's file.
-
-    Args:
-        name: in the base model.
-        wrapped: names of the modules that the tuner wraps.
-    """
+    """The key of a module or a tensor of the base model in an adapter's file, given the modules that are wrapped."""
     parts = name.split(".")
     path = []
     for index, part in enumerate(parts, start=1):

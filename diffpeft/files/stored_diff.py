@@ -1,23 +1,13 @@
 """The sparse diff of one parameter as a layer holds it: decoded and checked when it is first used."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from diffpeft.files.encoding import (
-    CHECKSUM_BYTES,
-    IN_MEMORY,
-    decode_values,
-    encode,
-    has_checksum,
-    scale_of,
-    strip_checksum,
-    unpack,
-)
+from diffpeft.files import encoding
+from diffpeft.files.encoding import CHECKSUM_BYTES, IN_MEMORY
 from diffpeft.sparse.functions import RowPattern
 from diffpeft.sparse.sharded import check_whole
 
@@ -40,8 +30,8 @@ class StoredDiff:
     """The sparse diff of one parameter: a value parameter and a packed buffer, which a loader may have filled.
 
     A loader writes both in place, cast to the dtypes that they have here, and tells nobody. So a buffer with a checksum
-    means that its values, fp32 or not, are the numbers of a file, those of "int8" without their scale. The first use checks
-    them, turns them into the values that are added, and strips the checksum. Nobody reads the parameter in another way.
+    means that its values are the numbers of a file, those of "int8" without their scale. The first use checks them,
+    turns them into the values that are added, and strips the checksum. Nobody reads the parameter in another way.
 
     Args:
         parameters: the adapter's values on the layer, by parameter name.
@@ -64,10 +54,9 @@ class StoredDiff:
         shape: torch.Size,
         dtype: Callable[[], str],
     ) -> None:
-        self.key, self.shape = key, shape
+        self.key, self.shape, self._dtype = key, shape, dtype
         self._parameters, self._buffers, self._name = parameters, buffers, name
         self._label = f"{key}, adapter {adapter_name!r}"
-        self._dtype = dtype
         self._decoded: _Decoded | None = None
         self._pattern: tuple[Tensor, RowPattern] | None = None  # and the positions that it was made from
 
@@ -88,34 +77,26 @@ class StoredDiff:
 
     @property
     def positions(self) -> Tensor:
-        """Sorted flat positions of the nonzeros, int64, shape (k,).
-
-        Raises:
-            ValueError: they were never loaded, or are damaged.
-        """
+        """Sorted flat positions of the nonzeros, int64, shape (k,). ValueError if never loaded or damaged."""
         packed, decoded = self.packed, self._decoded
         # A compiler cannot trace versions; `forget` sees to it that a compiled step has nothing stale.
         compiling = torch.compiler.is_compiling()
         if decoded is None or decoded.packed is not packed or not (compiling or decoded.version == _version(packed)):
-            decoded = self.note(packed, unpack(packed, self.count, self.shape.numel())) if compiling else self._decode()
+            decoded = self._note_unpacked() if compiling else self._decode()
         return decoded.positions
 
     @property
     def values(self) -> Tensor:
-        """The values by position, fp32, shape (k,): the parameter that trains.
-
-        Raises:
-            ValueError: they were never loaded, or are damaged.
-        """
+        """The values by position, fp32, shape (k,): the parameter that trains. ValueError as in [`positions`]."""
         self.positions  # noqa: B018 - decodes and checks both
         values: Tensor = self.parameter
         if torch.compiler.is_compiling():  # what runs compiled before anything decoded it cannot be changed in place
-            scale = scale_of(self.packed, values.numel(), self.shape.numel())
+            scale = encoding.scale_of(self.packed, values.numel(), self.shape.numel())
             if scale.numel():
-                encoded = (self.packed[:CHECKSUM_BYTES] != IN_MEMORY).any()
+                undecoded = (self.packed[:CHECKSUM_BYTES] != IN_MEMORY).any()
                 if values.requires_grad:
-                    torch._assert_async(~encoded, "int8 values are to train: run the model once uncompiled first")
-                return values * torch.where(encoded, scale, 1)
+                    torch._assert_async(~undecoded, "int8 values are to train: run the model once uncompiled first")
+                return values * torch.where(undecoded, scale, 1)
         return values
 
     @property
@@ -133,12 +114,15 @@ class StoredDiff:
 
     def encoded(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The given values, shape (k,), and the positions as they go into a file, with a checksum."""
-        return encode(self.positions, values, self.shape.numel(), self._dtype(), self.key)
+        return encoding.encode(self.positions, values, self.shape.numel(), self._dtype(), self.key)
 
     def note(self, packed: Tensor, positions: Tensor) -> _Decoded:
         """Note that `packed` decodes to `positions`."""
         self._decoded = _Decoded(packed, _version(packed), positions)
         return self._decoded
+
+    def _note_unpacked(self) -> _Decoded:
+        return self.note(self.packed, encoding.unpack(self.packed, self.count, self.shape.numel()))
 
     def forget(self) -> None:
         """Decode again when the diff is next used."""
@@ -154,10 +138,10 @@ class StoredDiff:
         try:
             # Tensors that are made in inference_mode could neither train later nor be loaded over.
             with torch.inference_mode(False), torch.no_grad():
-                if has_checksum(packed):
+                if encoding.has_checksum(packed):
                     self._decode_values(parameter, packed)
-                    packed = self._buffers._buffers[self._name] = strip_checksum(packed)
-                return self.note(packed, unpack(packed, parameter.numel(), self.shape.numel()))
+                    self._buffers._buffers[self._name] = encoding.strip_checksum(packed)
+                return self._note_unpacked()
         except ValueError as error:
             raise ValueError(f"{self._label}: {error}") from None
 
@@ -167,12 +151,12 @@ class StoredDiff:
         stored = parameter.detach().to(getattr(torch, dtype))
         if not torch.equal(stored.to(parameter.dtype), parameter):
             raise ValueError(f"its values are not those of a file in {dtype}: it is damaged, or they were changed")
-        decoded = decode_values(stored, packed, self.shape.numel(), self.key)
+        decoded = encoding.decode_values(stored, packed, self.shape.numel(), self.key)
         if stored.dtype == torch.int8:
             hook: Any = getattr(self._parameters, "_hf_hook", None)
             if getattr(hook, "offload", False):  # the next forward would bring the file's numbers again
                 raise ValueError(
-                    "its values, which are int8 in the file, were offloaded before they were used; run the model once before "
-                    "it is offloaded, or load the adapter with PeftModel.from_pretrained"
+                    "its values, which are int8 in the file, were offloaded before they were used; run the model once "
+                    "before it is offloaded, or load the adapter with PeftModel.from_pretrained"
                 )
             parameter.data = decoded

@@ -1,8 +1,7 @@
 """Align a base and a fine-tuned model: which of their tensors belong together, and which are heads."""
 
-from __future__ import annotations
-
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,9 +27,7 @@ class Alignment(NamedTuple):
 def align_models(old: Checkpoint, new: Checkpoint, exclude: Sequence[str] | str) -> Alignment:
     """Find what belongs together in a base and a fine-tuned model, without the modules of `exclude`.
 
-    Raises:
-        ValueError: models that are not of one architecture; a parameter of the backbone that is new or of another
-            shape; a name in `exclude` that matches no module.
+    Raises ValueError where [`extract_diff`] does, of which this is the first step.
     """
     names = _align(old, new)
     modules = _whole_modules(old, new, names)
@@ -55,13 +52,9 @@ def _align(old: Checkpoint, new: Checkpoint) -> dict[str, str]:
     prefixes = prefixes or {name.partition(".")[0] for name in (*available, *new.parameters)}
     best = {name: name for name in new.parameters if name in available}
     for prefix in sorted(prefixes):
-        more = {name: f"{prefix}.{name}" for name in new.parameters if f"{prefix}.{name}" in available}
         dot = f"{prefix}."
-        less = {
-            name: name.removeprefix(dot)
-            for name in new.parameters
-            if name.startswith(dot) and name.removeprefix(dot) in available
-        }
+        more = {name: dot + name for name in new.parameters if dot + name in available}
+        less = {dot + name: name for name in available if dot + name in new.parameters}
         best = max(best, more, less, key=len)
     if 2 * len(best) < len(new.parameters):
         raise ValueError(
@@ -78,7 +71,10 @@ def _whole_modules(old: Checkpoint, new: Checkpoint, names: dict[str, str]) -> l
     """
     heads = list(new.heads)
     every = {**old.others, **old.tied, **old.parameters}
-    backbone = new.backbone or _largest(new)
+    sizes = Counter[str]()
+    for name, shape in new.parameters.items():
+        sizes[name.partition(".")[0]] += shape.numel()
+    backbone = new.backbone or max(sizes, key=lambda top: sizes[top], default="")
     for name, shape in new.parameters.items():
         top = name.partition(".")[0]
         if name in names and every[names[name]] != shape and not inside(name, heads):
@@ -95,20 +91,11 @@ def _whole_modules(old: Checkpoint, new: Checkpoint, names: dict[str, str]) -> l
             module = next((module for module in _ancestors(name) if module not in shared), None)
             if module is None:
                 raise ValueError(
-                    f"{name} is only in {new.label}, in a module that {old.label} has too, so that neither a diff nor "
-                    "a head can hold it; use the base that it was fine-tuned from"
+                    f"{name} is only in {new.label}, in a module that {old.label} has too, so that neither a diff nor a "
+                    "head can hold it; use the base that it was fine-tuned from"
                 )
             heads.append(module)
     return heads
-
-
-def _largest(new: Checkpoint) -> str:
-    """The top-level module with the most parameters: the backbone, where nothing tells its name."""
-    sizes: dict[str, int] = {}
-    for name, shape in new.parameters.items():
-        top = name.partition(".")[0]
-        sizes[top] = sizes.get(top, 0) + shape.numel()
-    return max(sizes, key=lambda top: sizes[top])
 
 
 def _ancestors(name: str) -> list[str]:
@@ -124,8 +111,7 @@ def _excluded(modules: set[str], exclude: Sequence[str] | str) -> set[str]:
         regex = pattern if isinstance(exclude, str) else rf"(.*\.)?{re.escape(pattern)}"
         matched = {module for module in modules if re.fullmatch(regex, module or ROOT)}
         if pattern and not matched:
-            raise ValueError(
-                f"exclude={pattern!r} matches no module with parameters; use names such as {sorted(modules)[-1]!r}"
-            )
+            example = sorted(modules)[-1]
+            raise ValueError(f"exclude={pattern!r} matches no module with parameters; use names such as {example!r}")
         found |= matched
     return found

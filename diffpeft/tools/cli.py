@@ -1,7 +1,5 @@
 """The command line: `diffpeft --help`."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -24,8 +22,7 @@ from diffpeft.tools.export.checkpoint import to_checkpoint
 from diffpeft.tools.export.coo import to_coo
 from diffpeft.tools.export.peft import to_super_tuning
 from diffpeft.tools.extract import extract_diff
-from diffpeft.tools.fetch import CONFIG_FILES, MODEL_FILES, fetch
-from diffpeft.tools.opened import OpenedAdapter
+from diffpeft.tools.opened import CONFIG_FILES, MODEL_FILES, OpenedAdapter, fetch
 from diffpeft.tools.plots import draw
 from diffpeft.tuner.combining import common_targets
 
@@ -33,10 +30,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at diff
 # A pipe has no width; names must not be cut there.
 console, problems = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
 
-Base = Annotated[
-    str | None,
-    typer.Option("--base", help="The base model, a directory or on the Hub; default: what the config names."),
-]
+Base = Annotated[str | None, typer.Option("--base", help="A directory or on the Hub; default: what the config names.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Adapter = Annotated[str, typer.Argument(help="A pruned adapter: a directory, or on the Hub.")]
 

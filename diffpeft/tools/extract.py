@@ -1,7 +1,5 @@
 """Extract a pruned adapter from a fully fine-tuned model: its largest differences from the base, without training."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -58,13 +56,12 @@ def extract_diff(
     """Turn a fully fine-tuned model into a pruned adapter: the k largest |finetuned - base| of all tensors together.
 
     k = round(density * parameters), or the number of entries that differ, where that is less. Tensors are read one pair
-    at a time, several times each, so that memory holds little more than the largest of them and the result. The base
-    plus the diff, in the base's dtype, is the fine-tuned model where all that differs is kept, to within a rounding of
-    the larger entry, and to the bit for entries of a bf16 model that did not shrink by more than fp32 can tell.
+    at a time, so that memory holds little more than the largest of them and the result. Where all that differs is kept,
+    the base plus the diff, in the base's dtype, is the fine-tuned model to within a rounding of the larger entry.
 
     Modules that are new, and a fresh task head even where the base has one, are saved whole (`modules_to_save`). A bare
-    backbone and a task model around one are aligned; the adapter has the fine-tuned model's names, and loads into that
-    architecture. Buffers and tensors that are not floating stay the base's.
+    backbone and a task model around one are aligned; the adapter has the fine-tuned model's names. Buffers and tensors
+    that are not floating stay the base's.
 
     Args:
         base: a model in memory, or a directory of safetensors, in one file or in shards with an index.
@@ -75,8 +72,7 @@ def extract_diff(
         value_dtype: of the values; "bfloat16", "float16" and "int8" make smaller files and less exact models.
         task_type: for the adapter's config, e.g. "SEQ_CLS".
         base_name: the base model's name in the adapter's config, by default that of `base`.
-        progress: called with the share of the readings that are done, before each; there are four of every pair of
-            tensors.
+        progress: called with the share of the readings that are done, before each.
 
     Raises:
         ValueError: a directory that cannot be read; models that are not of one architecture; a parameter of the
@@ -88,10 +84,11 @@ def extract_diff(
     found = align_models(open_checkpoint(base), open_checkpoint(finetuned), exclude)
     extraction = _extract(found, density, value_dtype, progress)
     if output is not None:
+        source = os.fspath(base) if isinstance(base, (str, os.PathLike)) else getattr(base, "name_or_path", None)
         config = DiffPruningConfig(
             task_type=task_type,
             auto_mapping=None if task_type is not None else _mapping(found.new),
-            base_model_name_or_path=base_name or _path(base),
+            base_model_name_or_path=base_name or source or None,
             target_density=density,
             modules_to_save=found.modules or None,
             exclude_modules=(exclude if isinstance(exclude, str) else list(exclude)) or None,
@@ -112,7 +109,7 @@ def _extract(
         raise ValueError(
             f"density={density} of {found.total} parameters, {len(compared)} tensors, is {k} nonzeros; use a higher one"
         )
-    differences = _Differences(old, new, compared, progress)
+    differences = _Differences(found, progress)
     differing = sum(differences.count(name) for name in compared)
     if not differing:
         raise ValueError(f"{old.label} and {new.label} are the same outside the heads, so there is nothing to extract")
@@ -140,32 +137,16 @@ def _mapping(new: Checkpoint) -> dict[str, str] | None:
     return {"base_model_class": new.model_class.__name__, "parent_library": new.model_class.__module__}
 
 
-def _path(base: Source) -> str | None:
-    return os.fspath(base) if isinstance(base, (str, os.PathLike)) else getattr(base, "name_or_path", None) or None
-
-
-# Differences
-
-
 class _Differences:
-    """finetuned - base of one parameter at a time, fp32, flat; each overwrites the one before.
-
-    Args:
-        old: the base.
-        new: the fine-tuned model.
-        names: the base's names by those in the fine-tuned model.
-        progress: called with the share of all readings that are done.
-    """
+    """finetuned - base of one parameter at a time, fp32, flat; each overwrites the one before."""
 
     READINGS = 4
     """Readings of each pair: one to count the differences, two to find the threshold, one to take those above it."""
 
-    def __init__(
-        self, old: Checkpoint, new: Checkpoint, names: dict[str, str], progress: Callable[[float], None] | None
-    ) -> None:
-        self.old, self.new, self.names = old, new, names
+    def __init__(self, found: Alignment, progress: Callable[[float], None] | None) -> None:
+        self.old, self.new, self.names = found.old, found.new, found.compared
         self._progress, self._read = progress, 0
-        self._buffer = torch.empty(max(new.parameters[name].numel() for name in names))
+        self._buffer = torch.empty(max(self.new.parameters[name].numel() for name in self.names))
 
     def of(self, name: str) -> Tensor:
         """The differences in the parameter `name`; they last until the next are asked for."""

@@ -1,7 +1,5 @@
 """Share an adapter on the Hub with its model card, and fetch adapters and models from there."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,15 +26,12 @@ def push_to_hub(
     `model.push_to_hub` uploads the same adapter, but under a blank card: it writes its own over the one that was saved.
 
     Args:
-        model: with a diff-pruning adapter, as of `get_peft_model` or `model.add_adapter`.
+        model: with a diff-pruning adapter, as of `get_peft_model` or `model.add_adapter`; else ValueError.
         repo_id: "user/name"; made if it is not there.
         metrics: results for the card, by name.
-        private: of a new repository.
+        private: whether a new repository is.
         token: by default the one that is logged in.
-        commit_message: of the commit.
-
-    Raises:
-        ValueError: a model without a diff-pruning adapter.
+        commit_message: of the one commit.
     """
     tuner = DiffPruningModel.of(model)
     if tuner is None:

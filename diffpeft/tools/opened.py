@@ -1,24 +1,43 @@
 """A pruned adapter that is read together with the shapes of its base model, in directories or on the Hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 
 from diffpeft.files import fingerprint
 from diffpeft.files.adapter import read_adapter, read_config
 from diffpeft.files.checkpoint import LazyTensors, open_checkpoint, skeleton_of
-from diffpeft.tools.fetch import ADAPTER_FILES, CONFIG_FILES, MODEL_FILES, fetch
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CONFIG_FILES = ("config.json",)
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+def fetch(source: str, files: Sequence[str]) -> Path:
+    """The directory `source`, or one with the files of the Hub's repository of that name, from the cache or downloaded.
+
+    Raises ValueError where it is neither, or a repository without the first of `files`, which are patterns.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        directory = Path(snapshot_download(source, allow_patterns=list(files)))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{source} is no directory, and not to be had from the Hub: {reason}") from None
+    if not any(directory.glob(files[0])):
+        raise ValueError(f"the repository {source} has no {files[0]}; give one that has, or a directory")
+    return directory
 
 
 class OpenedAdapter:
     """An adapter's config, diff and heads, and the shapes of its base model's parameters.
 
     Args:
-        adapter: a directory, or a repository on the Hub.
-        base: the base model, a directory or a repository; None takes the one that the config names.
-
-    Raises:
-        ValueError: an adapter or a base that is not to be had, or that is damaged.
+        adapter: a directory, or a repository on the Hub; ValueError where it is neither or damaged.
+        base: the base model, likewise; None takes the one that the config names.
     """
 
     def __init__(self, adapter: str, base: str | None) -> None:

@@ -1,7 +1,5 @@
 """A sparse diff added to its base model's tensors: a merged checkpoint, and patches for a running engine."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -34,24 +32,20 @@ class WeightPatch(NamedTuple):
 def to_weight_patches(diff: Diff, directory: str | os.PathLike[str]) -> Iterator[WeightPatch]:
     """Yield the changed entries as patches for vLLM's sparse weight transfer: `SparseWeightPatch(*patch)`.
 
-    vLLM has no file for them: a trainer sends them to a running engine with the backend "sparse_nccl". Each names a
-    tensor as the checkpoint does, with int32 indices into all of it, flat and each once, and the values that replace
-    the old ones, so they are base + delta in the checkpoint's dtype; NaN is reserved
-    (https://github.com/vllm-project/vllm/pull/53751, `vllm/distributed/weight_transfer/sparse_nccl_engine.py`; applied
-    by https://github.com/vllm-project/vllm/pull/50723, `vllm/model_executor/model_loader/checkpoint_weight_patch.py`).
-    Releases before these take names and positions of vLLM's own parameters and no `full_shape`.
+    A trainer sends them to a running engine with the backend "sparse_nccl". Each has a tensor's name in the checkpoint,
+    int32 indices into all of it, flat and each once, and the values that replace the old ones: base + delta in the
+    checkpoint's dtype; NaN is reserved (https://github.com/vllm-project/vllm/pull/53751, applied by
+    https://github.com/vllm-project/vllm/pull/50723). Releases before these take no `full_shape`.
 
     Args:
         diff: positions and values of shape (k,) by parameter name.
         directory: of the base model that the engine has loaded, with safetensors.
 
     Yields:
-        Patches on the CPU, contiguous; indices and values of shape (k,). A tied tensor is patched under each of its
-        names in the files.
+        Patches on the CPU, contiguous, indices and values of shape (k,); a tied tensor under each name in the files.
 
     Raises:
-        ValueError: a diff that does not fit the checkpoint; a tensor of more than 2^31 elements; a sum that is not
-            finite.
+        ValueError: a diff that does not fit; a tensor of more than 2^31 elements; a sum that is not finite.
     """
     tensors = locate(Path(directory))
     check_diff(diff, {name: found[0].shape for name, found in tensors.items()})
@@ -80,8 +74,8 @@ def to_checkpoint(
 ) -> None:
     """Write the base model with the diff added: the tensors of `merge_and_unload().save_pretrained()`, to the bit.
 
-    A directory is copied, all but other weights than its safetensors, and the changed tensors are written into the copy
-    one at a time. A model is changed, saved with `save_pretrained` and restored to the bit.
+    A directory is copied, without weights other than safetensors, and the changed tensors are written into the copy one
+    at a time. A model is changed, saved with `save_pretrained` and restored to the bit.
 
     Args:
         base: a directory with safetensors, one file or shards; or a model without adapters.
@@ -91,8 +85,8 @@ def to_checkpoint(
         progress: called with the share of a directory's tensors that are written.
 
     Raises:
-        ValueError: a diff or heads that do not fit the base; a sum that is not finite; an `output` with files in it;
-            parameters that are put together from several tensors of the directory: pass the model then.
+        ValueError: a diff or heads that do not fit; a sum that is not finite; an `output` with files in it; parameters
+            that are put together from several tensors of the directory: pass the model then.
     """
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -110,21 +104,19 @@ def to_checkpoint(
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _check_heads(heads: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+def _check(diff: Diff, heads: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    check_diff(diff, shapes)
     for name, head in heads.items():
-        if shapes.get(name) != head.shape:
-            raise ValueError(
-                f"head {name} is {tuple(head.shape)}, the base has {shapes.get(name)}; use its own base model"
-            )
+        base = shapes.get(name)
+        if base != head.shape:
+            raise ValueError(f"head {name} is {tuple(head.shape)}, the base has {base}; use its own base model")
 
 
 def _write_directory(
     directory: Path, diff: Diff, scratch: Path, heads: Mapping[str, Tensor], progress: Callable[[float], None]
 ) -> None:
     tensors = locate(directory)
-    shapes = {name: found[0].shape for name, found in tensors.items()}
-    check_diff(diff, shapes)
-    _check_heads(heads, shapes)
+    _check(diff, heads, {name: found[0].shape for name, found in tensors.items()})
     # The contents alone: a cache's files may be links, and read-only.
     shutil.copytree(directory, scratch, ignore=shutil.ignore_patterns(*OTHER_WEIGHTS), copy_function=shutil.copyfile)
     for file in {stored.file for found in tensors.values() for stored in found}:
@@ -155,9 +147,7 @@ def _overwrite(file: Path, key: str, tensor: Tensor) -> None:
 @torch.no_grad()
 def _write_model(model: PreTrainedModel, diff: Diff, scratch: Path, heads: Mapping[str, Tensor]) -> None:
     tensors = {**model.state_dict(keep_vars=True), **dict(model.named_parameters(remove_duplicate=False))}
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    check_diff(diff, shapes)
-    _check_heads(heads, shapes)
+    _check(diff, heads, {name: tensor.shape for name, tensor in tensors.items()})
     whole = {name: tensors[name].detach().clone() for name in heads}
     entries = {name: Entry(tensors[name], *(one.to(tensors[name].device) for one in diff[name])) for name in diff}
     with InplaceUpdate(entries.values()):

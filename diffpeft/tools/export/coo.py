@@ -1,7 +1,5 @@
 """A sparse diff as plain COO tensors."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping
@@ -29,10 +27,7 @@ def to_coo(diff: Diff, shapes: Mapping[str, torch.Size], path: str | os.PathLike
     """Write a diff as safetensors that `torch.sparse_coo_tensor` takes.
 
     `<name>.indices` has shape (ndim, k), in int32 or, where a size needs it, int64; `<name>.values` has shape (k,). The
-    shapes are in the metadata, as JSON under "shapes".
-
-    Raises:
-        ValueError: a diff that does not fit `shapes`.
+    shapes are in the metadata, as JSON under "shapes". Raises ValueError for a diff that does not fit them.
     """
     check_diff(diff, shapes)
     tensors = {}
@@ -51,8 +46,7 @@ def to_coo(diff: Diff, shapes: Mapping[str, torch.Size], path: str | os.PathLike
 def from_coo(path: str | os.PathLike[str]) -> tuple[Diff, dict[str, torch.Size]]:
     """Read what [`to_coo`] wrote: the diff, and the shapes of its parameters.
 
-    Raises:
-        ValueError: no shapes, or indices outside of them, out of order or of another number than the values.
+    Raises ValueError for no shapes, or indices outside of them, out of order or of another number than the values.
     """
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
@@ -60,8 +54,6 @@ def from_coo(path: str | os.PathLike[str]) -> tuple[Diff, dict[str, torch.Size]]
         raise ValueError(f"{path} has no shapes in its metadata; use a file of to_coo")
     shapes = {name: torch.Size(shape) for name, shape in json.loads(metadata["shapes"]).items()}
     tensors = load_file(path)
-    diff = {
-        n: (flatten_indices(n, tensors[f"{n}.indices"], shape), tensors[f"{n}.values"]) for n, shape in shapes.items()
-    }
+    diff = {n: (flatten_indices(n, tensors[f"{n}.indices"], s), tensors[f"{n}.values"]) for n, s in shapes.items()}
     check_diff(diff, shapes)
     return diff, shapes

@@ -1,7 +1,5 @@
 """Convert diffs to and from the adapters of PEFT's other sparse methods, Super-Tuning and SHiRA."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -15,7 +13,7 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffpeft.files.atomic import replace_adapter
+from diffpeft.files.atomic import replace_config, stage_weights
 from diffpeft.files.keys import KEY_MARKER, PREFIX, base_model_key
 from diffpeft.sparse.diff import Diff, check_diff, count_nonzeros, flatten_indices
 from diffpeft.tools.export.coo import check_int32
@@ -53,19 +51,16 @@ def to_super_tuning(
 ) -> SuperTuningExport:
     """Write a diff as an adapter of PEFT's Super-Tuning, which PEFT loads without diffpeft.
 
-    It holds `X.supertuning_indices` (int32, flat) and `X.supertuning_values` (fp32), both of shape (k,), of modules X
-    that are `nn.Linear`, for their weights alone (peft 0.21, `tuners/supertuning/layer.py`). As k must be
-    int(numel * (1 - sparsity)) in each with one `sparsity` for all, sparser weights are padded with zeros.
-
-    PEFT rounds values to the weight's dtype before it adds them: on a base of two bytes the sum is ours to the bit only
-    if `cast_values` had rounded them to that dtype.
+    It holds `X.supertuning_indices` (int32, flat) and `X.supertuning_values` (fp32), both of shape (k,), of weights of
+    modules X that are `nn.Linear` (peft 0.21, `tuners/supertuning/layer.py`). As k must be int(numel * (1 - sparsity))
+    in each with one `sparsity` for all, sparser weights are padded with zeros. PEFT rounds values to the weight's dtype
+    before it adds them: on a base of two bytes the sum is ours to the bit only after `cast_values` to that dtype.
 
     Args:
         diff: positions and values of shape (k,) by parameter name, as of `get_diff()`.
-        model: the base model, plain or with adapters, on any device, meta too; its modules show which are `nn.Linear`.
+        model: the base model, plain or with adapters, on any device, meta too.
         directory: made if it is not there; an adapter in it is replaced.
-        base_model_name_or_path: for the config.
-        task_type: for the config.
+        base_model_name_or_path: for the config, as is `task_type`.
         leave_out: leave out what cannot be held instead of raising.
         heads: tensors of the modules that are trained whole, by name in the base model.
         modules_to_save: these modules, as the config of the diff's adapter names them; required with `heads`.
@@ -77,9 +72,7 @@ def to_super_tuning(
     from peft import SupertuningConfig
 
     if heads and not modules_to_save:
-        raise ValueError(
-            f"{len(heads)} tensors of heads came without modules_to_save; pass that of the adapter's config"
-        )
+        raise ValueError(f"{len(heads)} tensors of heads came without modules_to_save; pass that of the adapter")
     sizes, left_out = _held(diff, model, leave_out)
     sparsity = _sparsity([(diff[name][0].numel(), numel) for name, numel in sizes.items()])
     padded = {name: _padded(*diff[name], int(numel * (1 - sparsity))) for name, numel in sizes.items()}
@@ -97,17 +90,14 @@ def to_super_tuning(
         inference_mode=True,
     ).to_dict()
     config["target_modules"] = str(config["target_modules"])
-    replace_adapter(Path(directory), tensors, json.dumps(config, indent=2, sort_keys=True))
+    stage_weights(Path(directory), tensors)
+    replace_config(Path(directory), json.dumps(config, indent=2, sort_keys=True))
     nonzeros = sum(diff[name][0].numel() for name in sizes)
     return SuperTuningExport(nonzeros, sum(values.numel() for _, values in padded.values()) - nonzeros, left_out)
 
 
 def _held(diff: Diff, model: nn.Module, leave_out: bool) -> tuple[dict[str, int], dict[str, int]]:
-    """Elements of each weight whose nonzeros Super-Tuning can hold, and nonzeros of each parameter that it cannot.
-
-    Raises ValueError for the latter unless they may be left out, where nothing can be held, and for a diff that does
-    not fit.
-    """
+    """Elements of each weight whose nonzeros Super-Tuning can hold, and nonzeros of each parameter that it cannot."""
     parameters, linear = _parameters(model)
     check_diff(diff, {name: parameter.shape for name, parameter in parameters.items()})
     counts = {name: count for name, count in count_nonzeros(diff).items() if count}
@@ -183,14 +173,12 @@ def _imported(file: Path, tensors: dict[str, Tensor], kind: str, keys: tuple[str
         module = key.rpartition(".")[0]
         pair = [tensors.pop(f"{module}.{part}", None) for part in keys]
         if pair[0] is None or pair[1] is None:
-            lost = keys[0] if pair[0] is None else keys[1]
+            lost = f"{module} has no {keys[0] if pair[0] is None else keys[1]}"
+            raise ValueError(f"{file}: {lost}, and without them a {kind} adapter says nothing; {remedy}")
+        indices, values = pair[0].shape[-1], pair[1].numel()
+        if indices != values:
             raise ValueError(
-                f"{file}: {module} has no {lost}, and without them a {kind} adapter says nothing; {remedy}"
-            )
-        if pair[0].shape[-1] != pair[1].numel():
-            raise ValueError(
-                f"{file}: {module} has {pair[0].shape[-1]} indices and {pair[1].numel()} values; it is damaged, save "
-                "it again"
+                f"{file}: {module} has {indices} indices and {values} values; it is damaged, save it again"
             )
         yield f"{module}.weight", pair[0].long(), pair[1].float()
 
@@ -205,9 +193,8 @@ def _summed(positions: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 def from_super_tuning(directory: str | os.PathLike[str]) -> Imported:
     """Read an adapter of PEFT's Super-Tuning: the delta is its values at its indices, with no scaling.
 
-    Raises:
-        ValueError: a LoRA part (`r`), whose delta is dense; indices that were not saved
-            (`save_precomputed_indices=False`); a file is missing, damaged or of another method.
+    Raises ValueError for a LoRA part (`r`), whose delta is dense; indices that were not saved; a file that is missing,
+    damaged or of another method.
     """
     directory = Path(directory)
     config, tensors = _read(directory, "SUPERTUNING")
@@ -225,16 +212,9 @@ def from_super_tuning(directory: str | os.PathLike[str]) -> Imported:
 def from_shira(directory: str | os.PathLike[str], shapes: Mapping[str, torch.Size]) -> Imported:
     """Read an adapter of PEFT's SHiRA: values at (row, column) indices of shape (2, k), at the scaling 1.0 of loading.
 
-    PEFT always stores the indices, whatever mask or seed they came from (`tuners/shira/model.py`); a scaling other than
-    1.0 is set in memory only and is in no file.
-
-    Args:
-        directory: of the adapter.
-        shapes: of the base model's parameters by name, as of `diffpeft.files.checkpoint.parameter_shapes`.
-
-    Raises:
-        ValueError: no indices; a weight that `shapes` lacks or that has fewer rows or columns; a file is missing,
-            damaged or of another method.
+    PEFT always stores the indices; another scaling is set in memory only. `shapes` has those of the base model's
+    parameters by name, as of `parameter_shapes`. Raises ValueError for no indices; a weight that `shapes` lacks or that
+    has fewer rows or columns; a file that is missing, damaged or of another method.
     """
     directory = Path(directory)
     _, tensors = _read(directory, "SHIRA")
@@ -242,8 +222,6 @@ def from_shira(directory: str | os.PathLike[str], shapes: Mapping[str, torch.Siz
     diff: Diff = {}
     for name, indices, values in _imported(directory, tensors, "SHiRA", ("shira_indices", "shira_weight"), remedy):
         if name not in shapes:
-            raise ValueError(
-                f"{directory}: {name} is no parameter of the base model; pass the shapes of its own base model"
-            )
+            raise ValueError(f"{directory}: {name} is no parameter of the base model; pass the shapes of its own")
         diff[name] = _summed(flatten_indices(name, indices, shapes[name]), values)
     return Imported(diff, tensors)
