@@ -32,8 +32,6 @@ def _peft_type() -> PeftType:
     if PEFT_TYPE not in PeftType.__members__:
         member = str.__new__(PeftType, PEFT_TYPE)
         member._name_ = member._value_ = PEFT_TYPE
-        member.__objclass__ = PeftType
-        member._sort_order_ = len(PeftType.__members__)
         type.__setattr__(PeftType, PEFT_TYPE, member)
         PeftType._member_names_.append(PEFT_TYPE)
         PeftType._member_map_[PEFT_TYPE] = member

@@ -23,14 +23,11 @@ from diffpeft.sparse.diff import Diff, check_diff, count_nonzeros
 
 
 class Decoded(NamedTuple):
-    """What an adapter's tensors mean."""
+    """The diff, values fp32; the heads by their names in the base model; the dtype of the values in the file."""
 
     diff: Diff
-    """Values in fp32."""
     heads: dict[str, Tensor]
-    """The tensors of `modules_to_save` by their names in the base model."""
     value_dtype: str
-    """The dtype that the values have in the file."""
 
 
 def write_adapter(
@@ -85,7 +82,6 @@ def read_adapter(
     """Read a pruned adapter, whether [`write_adapter`] or PEFT wrote it.
 
     Args:
-        directory: with adapter_config.json and adapter_model.safetensors.
         shapes: shapes of the base model's parameters by name, as of `parameter_shapes(...)`. None takes them from the
             base model that the config names, if that is a directory.
 
@@ -114,10 +110,7 @@ def read_adapter(
 
 
 def read_config(directory: Path) -> PeftConfig:
-    """The config of a pruned adapter.
-
-    Raises ValueError where it is missing or damaged, of an adapter in gating, or of another method.
-    """
+    """The config of a pruned adapter. ValueError where it is missing, damaged, in gating, or of another method."""
     file = directory / CONFIG_NAME
     try:
         kind = json.loads(file.read_text()).get("peft_type")
@@ -134,12 +127,9 @@ def read_config(directory: Path) -> PeftConfig:
 
 
 def verify(tensors: Mapping[str, Tensor], config: PeftConfig, shapes: Mapping[str, torch.Size]) -> Decoded:
-    """Check the tensors of a pruned adapter's file, and decode them.
+    """Check the tensors of a pruned adapter's file, given the shapes of the base's parameters, and decode them.
 
-    Args:
-        tensors: of the file, by key.
-        config: the file's; its `nnz_pattern`, `heads_checksum` and `diff_checksum` are compared where they are set.
-        shapes: shapes of the base model's parameters by name.
+    The config's `nnz_pattern`, `heads_checksum` and `diff_checksum` are compared where they are set.
 
     Raises:
         ValueError: values or positions alone; a dtype or shape that no diff has; a wrong checksum; positions out of
@@ -197,9 +187,8 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
             raise ValueError(f"{key} is of an adapter in gating; load it with PEFT and call magnitude_prune() first")
         wanted = ("uint8",) if kind == keys.POSITIONS else VALUE_DTYPES
         if tensor.dim() != 1 or dtype_name(tensor.dtype) not in wanted:
-            raise ValueError(
-                f"{key} is {tensor.dtype} of {tuple(tensor.shape)}, not {' or '.join(wanted)} of (k,); it is damaged"
-            )
+            has, should = f"{tensor.dtype} of {tuple(tensor.shape)}", " or ".join(wanted)
+            raise ValueError(f"{key} is {has}, not {should} of (k,); it is damaged")
         found.setdefault(name, {})[kind] = tensor
     for name, parts in found.items():
         if len(parts) == 1:

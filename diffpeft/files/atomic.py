@@ -24,10 +24,7 @@ def staged_checksums(directory: Path) -> Checksums | None:
 
 
 def stage_weights(directory: Path, tensors: dict[str, Tensor]) -> Checksums:
-    """Write weights beside those of the directory's adapter, to take their place when [`replace_config`] is called.
-
-    Returns their checksums, which belong into the config.
-    """
+    """The checksums of weights, which are written beside the directory's, to take their place with the next config."""
     directory.mkdir(parents=True, exist_ok=True)
     pending = pending_config(directory)
     if pending is not None:

@@ -118,10 +118,7 @@ def _check_unquantized(label: str, quantization: object) -> None:
 
 
 def _checkpoint(
-    label: str,
-    floating: dict[str, torch.Size],
-    model: nn.Module | None,
-    load: Callable[[str], Tensor],
+    label: str, floating: dict[str, torch.Size], model: nn.Module | None, load: Callable[[str], Tensor]
 ) -> Checkpoint:
     """Sort the floating tensors by their role in the model; without a model, by their names."""
     if model is None:
@@ -181,9 +178,8 @@ def _stored(directory: Path) -> tuple[dict[str, StoredTensor], PreTrainedModel |
     if lost:
         found = sorted(file.name for file in directory.glob("*.bin")) if directory.is_dir() else []
         remedy = f"{found[:3]} are pickled; convert them with" if found else "write it with"
-        raise ValueError(
-            f"{directory} has no {lost[0]}; {remedy} from_pretrained and save_pretrained, which store safetensors"
-        )
+        remedy = f"{remedy} from_pretrained and save_pretrained, which store safetensors"
+        raise ValueError(f"{directory} has no {lost[0]}; {remedy}")
     stored = {}
     for path in files:
         try:

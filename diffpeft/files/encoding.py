@@ -2,12 +2,11 @@
 
 Values are one tensor, shape (k,). Floating dtypes hold each by itself. "int8" holds integers q, -127 to 127, and one
 scale a parameter, fp32: the largest magnitude / 127. The values are q scale, rounded to fp32, and those have this scale
-too (`tests/files/test_encoding.py` tries all mantissas), so that what was read is written as it was.
+too, so that what was read is written as it was.
 
 Positions are the other, uint8: [checksum][scale][code]. The checksum is 4 bytes: in a file the CRC-32 of the
 parameter's name, the rest of the buffer and the values, little-endian; in memory, where values train, 255 each; 0 where
-nothing was loaded yet. The scale is 4 bytes where values have one, else none; it is read from a file alone. The code is
-that of `diffpeft/sparse/elias_fano.py`.
+nothing was loaded yet. The scale is 4 bytes or none, and the code that of `diffpeft/sparse/elias_fano.py`.
 """
 
 import zlib

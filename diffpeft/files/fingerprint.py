@@ -28,12 +28,8 @@ def differing(fingerprint: Fingerprint, parameters: Mapping[str, Tensor]) -> lis
     for name in fingerprint.keys() & parameters.keys():
         told = torch.frombuffer(bytearray(base64.b64decode(fingerprint[name])), dtype=torch.float32)
         sample = _sample(parameters[name], told.numel())
-        dtypes = {parameters[name].dtype, torch.bfloat16, torch.float16}
-        rounded = torch.equal(told, sample) or any(
-            torch.equal(told.to(dtype).float(), sample) or torch.equal(told, sample.to(dtype).float())
-            for dtype in dtypes
-        )
-        if told.shape != sample.shape or not rounded:
+        dtypes = {parameters[name].dtype, torch.float32, torch.bfloat16, torch.float16}
+        if not any(torch.equal(told.to(d).float(), sample) or torch.equal(told, sample.to(d).float()) for d in dtypes):
             found.append(name)
     return sorted(found)
 

@@ -28,14 +28,10 @@ def base_model_key(key: str) -> str:
     return key.replace(".base_layer", "").removeprefix(PREFIX)
 
 
-def head_key(key: str) -> str:
-    """The key of a head's tensor as the base model names it, without PEFT's wrapper around the head."""
-    return re.sub(r"\.modules_to_save\.[^.]+", "", base_model_key(key))
-
-
 def heads_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the heads among those of a file, by their names in the base model."""
-    return {head_key(key): tensor for key, tensor in tensors.items() if KEY_MARKER not in key}
+    """The tensors of the heads among those of a file, by their names in the base model, without PEFT's wrapper."""
+    heads = {base_model_key(key): tensor for key, tensor in tensors.items() if KEY_MARKER not in key}
+    return {re.sub(r"\.modules_to_save\.[^.]+", "", name): tensor for name, tensor in heads.items()}
 
 
 def owners(names: Iterable[str]) -> set[str]:

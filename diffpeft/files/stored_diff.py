@@ -34,12 +34,9 @@ class StoredDiff:
     turns them into the values that are added, and strips the checksum. Nobody reads the parameter in another way.
 
     Args:
-        parameters: the adapter's values on the layer, by parameter name.
-        buffers: the adapter's packed positions, likewise.
-        name: the parameter's name in the layer.
-        key: the parameter's name in the base model.
+        parameters: the adapter's values on the layer, by parameter name; `buffers` its packed positions.
+        name: the parameter's name in the layer; `key` the one in the base model, `shape` its shape.
         adapter_name: the adapter, for messages.
-        shape: the parameter's shape.
         dtype: gives the dtype of the values in the adapter's files.
     """
 

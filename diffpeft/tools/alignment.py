@@ -65,10 +65,8 @@ def _align(old: Checkpoint, new: Checkpoint) -> dict[str, str]:
 
 
 def _whole_modules(old: Checkpoint, new: Checkpoint, names: dict[str, str]) -> list[str]:
-    """The modules to save whole: fresh heads, those whose parameters are all new, and heads of another shape.
-
-    Raises ValueError for a parameter of the backbone that is new or of another shape.
-    """
+    """The modules to save whole: fresh heads, those whose parameters are all new, and heads of another shape. Raises
+    ValueError for a parameter of the backbone that is new or of another shape."""
     heads = list(new.heads)
     every = {**old.others, **old.tied, **old.parameters}
     sizes = Counter[str]()
@@ -91,7 +89,7 @@ def _whole_modules(old: Checkpoint, new: Checkpoint, names: dict[str, str]) -> l
             module = next((module for module in _ancestors(name) if module not in shared), None)
             if module is None:
                 raise ValueError(
-                    f"{name} is only in {new.label}, in a module that {old.label} has too, so that neither a diff nor a "
+                    f"{name} is only in {new.label}, in a module that {old.label} has too, so neither a diff nor a "
                     "head can hold it; use the base that it was fine-tuned from"
                 )
             heads.append(module)

@@ -22,7 +22,7 @@ from diffpeft.tools.export.checkpoint import to_checkpoint
 from diffpeft.tools.export.coo import to_coo
 from diffpeft.tools.export.peft import to_super_tuning
 from diffpeft.tools.extract import extract_diff
-from diffpeft.tools.opened import CONFIG_FILES, MODEL_FILES, OpenedAdapter, fetch
+from diffpeft.tools.opened import ADAPTER_FILES, CONFIG_FILES, MODEL_FILES, OpenedAdapter, fetch
 from diffpeft.tools.plots import draw
 from diffpeft.tuner.combining import common_targets
 
@@ -32,6 +32,7 @@ console, problems = Console(width=None if sys.stdout.isatty() else 160), Console
 
 Base = Annotated[str | None, typer.Option("--base", help="A directory or on the Hub; default: what the config names.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Adapters = Annotated[list[str], typer.Argument(help="Pruned adapters: directories, or on the Hub.")]
 Adapter = Annotated[str, typer.Argument(help="A pruned adapter: a directory, or on the Hub.")]
 
 
@@ -78,7 +79,7 @@ def inspect(adapter: Adapter, base: Base = None, as_json: AsJSON = False) -> Non
     nonzeros = sum(row["nonzeros"] for row in rows)
     norm = sum(row["norm"] ** 2 for row in rows) ** 0.5
     total = {"parameter": "all", "nonzeros": nonzeros, "density": nonzeros / parameters, "norm": norm}
-    _show(rows, str(adapter), as_json, {**total, "bytes": opened.bytes})
+    _show(rows, str(adapter), as_json, {**total, "bytes": (opened.directory / ADAPTER_FILES[1]).stat().st_size})
     if not as_json:
         heads = f", heads {sorted(opened.heads)}" if opened.heads else ""
         console.print(f"base {opened.base}: {parameters:,} parameters{heads}")
@@ -93,11 +94,7 @@ def plot(adapter: Adapter, picture: Path, base: Base = None) -> None:
 
 
 @app.command()
-def verify(
-    adapters: Annotated[list[str], typer.Argument(help="Directories, or on the Hub.")],
-    base: Base = None,
-    as_json: AsJSON = False,
-) -> None:
+def verify(adapters: Adapters, base: Base = None, as_json: AsJSON = False) -> None:
     """Read and check adapters, and that a base in a directory is theirs; exit code 1 if one is damaged."""
     rows = []
     for directory in adapters:
@@ -119,18 +116,11 @@ def diff(first: Adapter, second: Adapter, base: Base = None, as_json: AsJSON = F
     """Compare two adapters of one base: shared positions, signs, direction."""
     a, b = OpenedAdapter(first, base), OpenedAdapter(second, base)
     whole, parameters = overlap(a.diff, b.diff)
-    rows = [
-        {
-            "parameter": name,
-            "first": part.nonzeros_a,
-            "second": part.nonzeros_b,
-            "shared": part.shared,
-            "jaccard": part.jaccard,
-            "same sign": part.same_sign / max(1, part.shared),
-            "cosine": part.cosine,
-        }
-        for name, part in {**parameters, "all": whole}.items()
-    ]
+    rows = []
+    for name, part in {**parameters, "all": whole}.items():
+        row = {"parameter": name, "first": part.nonzeros_a, "second": part.nonzeros_b, "shared": part.shared}
+        same_sign = part.same_sign / max(1, part.shared)
+        rows.append({**row, "jaccard": part.jaccard, "same sign": same_sign, "cosine": part.cosine})
     _show(rows[:-1], f"{first} and {second}", as_json, rows[-1])
 
 
@@ -182,16 +172,9 @@ def export(
         model = skeleton_of(fetch(opened.base, CONFIG_FILES))
         if model is None:
             raise ValueError(f"{opened.base} does not tell its model's class, which says where its linear layers are")
-        found = to_super_tuning(
-            opened.diff,
-            model,
-            output,
-            opened.config.base_model_name_or_path,
-            opened.config.task_type,
-            leave_out,
-            heads=opened.heads or None,
-            modules_to_save=opened.config.modules_to_save,
-        )
+        config, whole = opened.config, {"heads": opened.heads, "modules_to_save": opened.config.modules_to_save}
+        names = config.base_model_name_or_path, config.task_type
+        found = to_super_tuning(opened.diff, model, output, *names, leave_out, **whole)
         console.print(f"{found.nonzeros:,} nonzeros, {found.padding:,} zeros of padding, left out: {found.left_out}")
     else:
         raise ValueError(f"--to {to} is not known; use super-tuning or coo")
@@ -200,7 +183,7 @@ def export(
 
 @app.command()
 def combine(
-    adapters: Annotated[list[str], typer.Argument(help="Adapters of one base.")],
+    adapters: Adapters,
     *,
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to write it into.")],
     weights: Annotated[list[float] | None, typer.Option("--weight", "-w", help="One an adapter; default 1.")] = None,
@@ -218,14 +201,9 @@ def combine(
         raise ValueError(f"{[one.name for one in with_heads]} have heads, which cannot be summed; use --heads-from")
     shapes = {name: shape for one in opened for name, shape in one.shapes.items()}
     total = sum(shape.numel() for shape in shapes.values())
-    budget = None if target_density is None else max(1, round(target_density * total))
-    merged = combine_diffs(
-        [one.diff for one in opened],
-        weights or [1.0] * len(opened),
-        combination_type,
-        density=density,
-        max_nonzeros=budget,
-    )
+    budget = max(1, round(target_density * total)) if target_density is not None else None
+    diffs, weights = [one.diff for one in opened], weights or [1.0] * len(opened)
+    merged = combine_diffs(diffs, weights, combination_type, density=density, max_nonzeros=budget)
     source = chosen[0] if chosen else opened[0]
     config = source.config
     config.value_dtype = "float32"

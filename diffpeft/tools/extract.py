@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from diffpeft.sparse.diff import Diff, count_nonzeros
 from diffpeft.sparse.top_k import Scores, global_threshold, select
 from diffpeft.tools.alignment import Alignment, align_models, inside
 
+Progress: TypeAlias = Callable[[float], None]
 CHUNK_ELEMENTS = 1 << 20
 """Entries that are compared at once: fewer take less memory beside a tensor, more take less time."""
 
@@ -51,7 +52,7 @@ def extract_diff(
     value_dtype: str = "float32",
     task_type: str | None = None,
     base_name: str | None = None,
-    progress: Callable[[float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Extraction:
     """Turn a fully fine-tuned model into a pruned adapter: the k largest |finetuned - base| of all tensors together.
 
@@ -75,9 +76,8 @@ def extract_diff(
         progress: called with the share of the readings that are done, before each.
 
     Raises:
-        ValueError: a directory that cannot be read; models that are not of one architecture; a parameter of the
-            backbone with another shape; differences that are NaN, infinite, or zero throughout; a density or an
-            `exclude` that leaves nothing.
+        ValueError: a directory that cannot be read; another architecture, or another shape in the backbone; differences
+            that are NaN, infinite, or zero throughout; a density or an `exclude` that leaves nothing.
     """
     check_density(density)
     check_dtype(value_dtype)
@@ -85,9 +85,11 @@ def extract_diff(
     extraction = _extract(found, density, value_dtype, progress)
     if output is not None:
         source = os.fspath(base) if isinstance(base, (str, os.PathLike)) else getattr(base, "name_or_path", None)
+        kind = found.new.model_class
+        mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__} if kind else None
         config = DiffPruningConfig(
             task_type=task_type,
-            auto_mapping=None if task_type is not None else _mapping(found.new),
+            auto_mapping=mapping if task_type is None else None,
             base_model_name_or_path=base_name or source or None,
             target_density=density,
             modules_to_save=found.modules or None,
@@ -100,9 +102,7 @@ def extract_diff(
     return extraction
 
 
-def _extract(
-    found: Alignment, density: float, value_dtype: str, progress: Callable[[float], None] | None
-) -> Extraction:
+def _extract(found: Alignment, density: float, value_dtype: str, progress: Progress | None) -> Extraction:
     old, new, compared = found.old, found.new, found.compared
     k = round(density * found.total)
     if k < 1 or not compared:
@@ -130,20 +130,13 @@ def _extract(
     )
 
 
-def _mapping(new: Checkpoint) -> dict[str, str] | None:
-    """The class of the base model, for PEFT's auto classes."""
-    if new.model_class is None:
-        return None
-    return {"base_model_class": new.model_class.__name__, "parent_library": new.model_class.__module__}
-
-
 class _Differences:
     """finetuned - base of one parameter at a time, fp32, flat; each overwrites the one before."""
 
     READINGS = 4
     """Readings of each pair: one to count the differences, two to find the threshold, one to take those above it."""
 
-    def __init__(self, found: Alignment, progress: Callable[[float], None] | None) -> None:
+    def __init__(self, found: Alignment, progress: Progress | None) -> None:
         self.old, self.new, self.names = found.old, found.new, found.compared
         self._progress, self._read = progress, 0
         self._buffer = torch.empty(max(self.new.parameters[name].numel() for name in self.names))
@@ -204,11 +197,8 @@ def _rounded(values: Tensor, dtype: str, name: str) -> Tensor:
 
 
 def _differing_buffers(old: Checkpoint, new: Checkpoint, modules: list[str]) -> Iterator[str]:
-    buffers = [name for name in new.others if not inside(name, modules)]
-    for name in buffers:
-        dot = f"{old.backbone or new.backbone}."
-        for candidate in (name, name.removeprefix(dot), dot + name):
-            if candidate in old.others:
-                if not torch.equal(old.load(candidate), new.load(name)):
-                    yield name
-                break
+    dot = f"{old.backbone or new.backbone}."
+    for name in (name for name in new.others if not inside(name, modules)):
+        candidates = [one for one in (name, name.removeprefix(dot), dot + name) if one in old.others]
+        if candidates and not torch.equal(old.load(candidates[0]), new.load(name)):
+            yield name

@@ -29,9 +29,7 @@ def push_to_hub(
         model: with a diff-pruning adapter, as of `get_peft_model` or `model.add_adapter`; else ValueError.
         repo_id: "user/name"; made if it is not there.
         metrics: results for the card, by name.
-        private: whether a new repository is.
-        token: by default the one that is logged in.
-        commit_message: of the one commit.
+        private, token, commit_message: as `HfApi` takes them.
     """
     tuner = DiffPruningModel.of(model)
     if tuner is None:

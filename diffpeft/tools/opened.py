@@ -50,11 +50,6 @@ class OpenedAdapter:
         self.config, self.diff, self.heads = read_adapter(self.directory, shapes)
         self.shapes = {name: shape for name, shape in shapes.items() if name not in self.heads}
 
-    @property
-    def bytes(self) -> int:
-        """Size of the adapter's weights file."""
-        return (self.directory / "adapter_model.safetensors").stat().st_size
-
     def differing_base(self) -> list[str]:
         """Parameters of the base model that are not those that the diff was made from; none on the Hub is read."""
         if not Path(self.base).is_dir() or self.config.base_fingerprint is None:

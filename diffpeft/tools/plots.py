@@ -11,12 +11,9 @@ from diffpeft.sparse.diff import Diff, count_nonzeros
 
 
 def plot_density(model: BaseTuner, path: str | Path, adapter_name: str | None = None) -> None:
-    """Save a picture of the diff's density per layer, and per layer and parameter.
+    """Save a picture of the density of a tuner's diff (`peft_model.base_model`) per layer, and per layer and parameter.
 
-    Args:
-        model: the tuner (`peft_model.base_model`).
-        path: of the picture; the ending tells the format.
-        adapter_name: the adapter, by default the active one.
+    The ending of `path` tells the format; the adapter is by default the active one.
     """
     draw(model.get_diff(adapter_name), model.adapted_parameters(adapter_name), path)
 
@@ -42,8 +39,7 @@ def draw(diff: Diff, numel: Mapping[str, int], path: str | Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1, 2.2))
     left.barh(names, [100 * kept / max(1, size) for kept, size in totals], color="#3b6ea5")
     left.invert_yaxis()
-    left.set_xlabel("density of the diff, %")
-    left.set_title("by layer")
+    left.set(xlabel="density of the diff, %", title="by layer")
     _draw_cells(figure, right, {layer: rows[layer] for layer in layers})
     right.set_title("by layer and parameter")
     figure.savefig(path, dpi=130)

@@ -20,22 +20,18 @@ from diffpeft.tools.export.coo import check_int32
 
 
 class SuperTuningExport(NamedTuple):
-    """The result of [`to_super_tuning`]."""
+    """Entries that were written, zeros beside them, and nonzeros of each parameter that the format cannot hold."""
 
     nonzeros: int
-    """Entries of the diff that were written."""
     padding: int
-    """Zeros that were written beside them."""
     left_out: dict[str, int]
-    """Nonzeros of each parameter that the format cannot hold."""
 
 
 class Imported(NamedTuple):
-    """An adapter of another method."""
+    """The diff of another method's adapter, and the tensors of its `modules_to_save` by name in the base model."""
 
     diff: Diff
     heads: dict[str, Tensor]
-    """The tensors of `modules_to_save` by name in the base model."""
 
 
 def to_super_tuning(
@@ -66,8 +62,8 @@ def to_super_tuning(
         modules_to_save: these modules, as the config of the diff's adapter names them; required with `heads`.
 
     Raises:
-        ValueError: nonzeros elsewhere than in weights of `nn.Linear`, or in one that another module shares; no
-            nonzeros; a weight of more than 2^31 elements; a diff that does not fit the model.
+        ValueError: nonzeros elsewhere than in weights of `nn.Linear` that one module alone has; no nonzeros; a weight
+            of more than 2^31 elements; a diff that does not fit the model.
     """
     from peft import SupertuningConfig
 
@@ -89,7 +85,6 @@ def to_super_tuning(
         sparsity=sparsity,
         inference_mode=True,
     ).to_dict()
-    config["target_modules"] = str(config["target_modules"])
     stage_weights(Path(directory), tensors)
     replace_config(Path(directory), json.dumps(config, indent=2, sort_keys=True))
     nonzeros = sum(diff[name][0].numel() for name in sizes)
@@ -142,10 +137,7 @@ def _sparsity(counts: Collection[tuple[int, int]]) -> float:
 
 
 def _padded(positions: Tensor, values: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The entries, and zeros at the first free positions, `size` in all: int32 and fp32, shape (size,), on the CPU.
-
-    Among the first `size` positions enough are free.
-    """
+    """The entries, and zeros at the first free positions, `size` in all: int32 and fp32, shape (size,), on the CPU."""
     positions, values = positions.cpu(), values.float().cpu()
     free = torch.ones(size, dtype=torch.bool)
     free[positions[positions < size]] = False
@@ -167,19 +159,15 @@ def _read(directory: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]
 
 def _imported(file: Path, tensors: dict[str, Tensor], kind: str, keys: tuple[str, str], remedy: str) -> Iterator[Any]:
     """Yield each weight's name, indices and values, and take them out of `tensors`, so that the heads remain."""
-    for key in [key for key in tensors if key.endswith(keys)]:
-        if key not in tensors:
-            continue
-        module = key.rpartition(".")[0]
+    for module in dict.fromkeys(key.rpartition(".")[0] for key in tensors if key.endswith(keys)):
         pair = [tensors.pop(f"{module}.{part}", None) for part in keys]
         if pair[0] is None or pair[1] is None:
             lost = f"{module} has no {keys[0] if pair[0] is None else keys[1]}"
             raise ValueError(f"{file}: {lost}, and without them a {kind} adapter says nothing; {remedy}")
         indices, values = pair[0].shape[-1], pair[1].numel()
         if indices != values:
-            raise ValueError(
-                f"{file}: {module} has {indices} indices and {values} values; it is damaged, save it again"
-            )
+            what = f"{module} has {indices} indices and {values} values"
+            raise ValueError(f"{file}: {what}; it is damaged, save it again")
         yield f"{module}.weight", pair[0].long(), pair[1].float()
 
 
@@ -204,8 +192,7 @@ def from_super_tuning(directory: str | os.PathLike[str]) -> Imported:
             "merge the adapter with PEFT and compare the result with the base model"
         )
     remedy = "load it with PEFT on its base model and save it with save_precomputed_indices=True"
-    keys = "supertuning_indices", "supertuning_values"
-    pairs = _imported(directory, tensors, "Super-Tuning", keys, remedy)
+    pairs = _imported(directory, tensors, "Super-Tuning", ("supertuning_indices", "supertuning_values"), remedy)
     return Imported({name: _summed(positions, values) for name, positions, values in pairs}, tensors)
 
 
