@@ -67,7 +67,6 @@ class DiffPruningModel(DiffPruningTuner):
         Args:
             step: updates done so far, from 0.
             gating_steps: length of the gating phase.
-            adapter_name: the adapter, by default the active one.
 
         Returns:
             The lambda that was used: the config's, or the one that was solved for; NaN if the update was skipped.
@@ -124,7 +123,6 @@ class DiffPruningModel(DiffPruningTuner):
 
         Args:
             density: nonzeros as a share of the base parameters, by default the config's `target_density`.
-            adapter_name: the adapter, by default the active one.
             optimizer: re-pointed at the kept values, in place: gates and dense diffs leave its groups and its state.
 
         Raises:

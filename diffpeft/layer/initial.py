@@ -59,11 +59,7 @@ def fixmask_tensors(
 ) -> dict[str, nn.Module]:
     """Room for an adapter's values, NaN, and for their packed positions, zeros, by attribute of the layer.
 
-    Args:
-        shapes: the layer's parameters, by name.
-        nnz: the number of values of each parameter that has any.
-        device: where to make the tensors.
-        config: the adapter's; with `init_weights=False` the values are random.
+    `nnz` has the number of values of each parameter that has any. With `init_weights=False` they are random.
     """
     values, packed = nn.ParameterDict(), BufferDict(persistent=True)
     for name, count in nnz.items():

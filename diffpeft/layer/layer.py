@@ -148,7 +148,7 @@ class DiffPruningLayer(AdapterTensors):
             elif not has_hook(self.base_layer):
                 return self.base_layer(*args, **kwargs)
         if is_offloaded(self.base_layer):
-            containers = [tensors for name in self.all_names() for tensors in getattr(self, name).values()]
+            containers = [tensors for name in self.all_names for tensors in getattr(self, name).values()]
             return run_onloaded(self.base_layer, containers, self._forward_loaded, args, kwargs)
         return self._forward(*args, **kwargs)
 
@@ -269,20 +269,14 @@ class RootParameters(DiffPruningLayer):
 
     def watch(self) -> None:
         """Put effective parameters in whenever the model runs."""
-        self.base_layer.register_forward_pre_hook(self._before)
-        self.base_layer.register_forward_hook(self._after, always_call=True)
+        self.base_layer.register_forward_pre_hook(self.put)
+        self.base_layer.register_forward_hook(self.put_back, always_call=True)
 
     def unwatch(self) -> None:
         """Undo [`watch`]."""
-        remove_hooks(self.base_layer, self._before, self._after)
+        remove_hooks(self.base_layer, self.put, self.put_back)
 
-    def _before(self, module: nn.Module, args: Any) -> None:
-        self.put()
-
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.put_back()
-
-    def put(self) -> None:
+    def put(self, *_: Any) -> None:
         """Put the effective parameters in the place of the plain ones."""
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -293,7 +287,7 @@ class RootParameters(DiffPruningLayer):
                 self._running[name] = tensor, own[name]
                 own[name] = tensor  # type: ignore[assignment]
 
-    def put_back(self) -> None:
+    def put_back(self, *_: Any) -> None:
         """Undo [`put`]."""
         self.base_layer._parameters.update(self._plain)
         self._plain, self._running = {}, {}

@@ -19,7 +19,7 @@ class OutputLayer(nn.Module):
         object.__setattr__(self, "layer", layer)  # a view: not a second owner of the parameters
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the layer's."""
+        """Run the layer."""
         return self.layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

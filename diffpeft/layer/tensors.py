@@ -31,15 +31,11 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
       (shape (1,)), and as buffers the moments of the gates' gradients, coarser ones in the low-memory mode;
     - fixmask: `diffpruning_values` (shape (k,), fp32 while they train) and, as a buffer, `diffpruning_positions`
       (packed, uint8); [`sparse`] gives both decoded.
-
-    Args:
-        base_layer: the module; its parameters stay as they are.
-        key: the module's name in the base model.
-        ties: parameters of `base_layer` that are the same tensor as one of another layer, which then owns the diff.
     """
 
     adapter_layer_names = (*GATING_PARAMETERS, VALUES)
     other_param_names = (*GATING_BUFFERS, POSITIONS)
+    all_names = (*adapter_layer_names, *other_param_names)
 
     # ModuleDicts: adapter name -> ParameterDict or BufferDict: parameter name -> tensor.
     diffpruning_w: Any
@@ -57,7 +53,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         self.quantization_backend = quantization_backend(base_layer)  # PEFT reads it
         self.quantized = self.quantization_backend is not None
         """Whether the wrapped module's weight is quantised, so that a diff cannot be added to it."""
-        for name in self.all_names():
+        for name in self.all_names:
             self.__dict__[name] = {}  # until there is something to hold: a module costs time in every search
         self.configs: dict[str, DiffPruningConfig] = {}
         self.generations: dict[str, int] = {}
@@ -71,10 +67,6 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def __getstate__(self) -> dict[str, Any]:
         """The state without what is kept for speed, which belongs to these very tensors."""
         return {**self.__dict__, "_sparse": {}}
-
-    def all_names(self) -> tuple[str, ...]:
-        """The attributes that hold adapters' tensors."""
-        return (*self.adapter_layer_names, *self.other_param_names)
 
     def parameter_key(self, name: str) -> str:
         """The name in the base model of the wrapped module's parameter `name`."""
@@ -131,7 +123,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the adapter's tensors beside the base parameters (PEFT's hook after loading), in their dtypes."""
         target = device_of(self.base_layer) if device is None else device
-        for attribute in self.all_names() if target.type != "meta" else ():
+        for attribute in self.all_names if target.type != "meta" else ():
             if not any(tensor.is_meta for tensor in self.held(attribute, adapter_name).values()):
                 container: Any = getattr(self, attribute)
                 if adapter_name in container:
@@ -214,7 +206,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
 
     def _set_tensors(self, adapter_name: str, made: dict[str, nn.Module]) -> None:
         """Give the adapter these tensors, by attribute; they train if it is active and not loaded for inference."""
-        for attribute in self.all_names():
+        for attribute in self.all_names:
             container: Any = getattr(self, attribute)
             if adapter_name in container:
                 del container[adapter_name]
@@ -276,7 +268,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         """All tensors of the adapter, by their names in the layer."""
         return {
             f"{attribute}.{adapter_name}.{name}": tensor
-            for attribute in self.all_names()
+            for attribute in self.all_names
             for name, tensor in self.held(attribute, adapter_name).items()
         }
 

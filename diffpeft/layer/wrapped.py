@@ -70,12 +70,8 @@ def run_onloaded(
 ) -> Any:
     """The output of `forward`, run while an offloaded module's tensors are on the device that runs them.
 
-    Args:
-        module: the offloaded module; `forward` may call it, and its hook would not bring the plain parameters again.
-        containers: hold further tensors to bring; nothing calls them, so their hooks would not run.
-        forward: what to run.
-        args: its arguments, which are brought along.
-        kwargs: likewise.
+    The arguments are brought along, and so are the tensors of `containers`, which nothing calls, so that their hooks
+    would never run. `forward` may call the module, without the hook that would bring the plain parameters again.
     """
     offloaded: Any = module
     hook, hooked = offloaded._hf_hook, offloaded.forward

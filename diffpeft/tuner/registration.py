@@ -1,7 +1,4 @@
-"""Make PEFT know the tuner: entries in its mappings, and its way to save weights.
-
-Weights of ours are staged for their config rather than written over the old ones.
-"""
+"""Make PEFT know the tuner: entries in its mappings, and weights of ours that wait for their config."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from diffpeft.files.keys import KEY_MARKER, PEFT_TYPE
 
 
 def _save_or_stage(tensors: dict[str, Tensor], filename: str, *args: Any, **kwargs: Any) -> None:
-    """What PEFT saves an adapter's weights with."""
+    """Save an adapter's weights (in place of PEFT's function): ours are staged for their config."""
     path = Path(filename)
     if path.name == SAFETENSORS_WEIGHTS_NAME and any(KEY_MARKER in key for key in tensors):
         stage_weights(path.parent, tensors)
