@@ -154,6 +154,11 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         else:
             gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             finite = not gradients or bool(torch.stack([grad.sum() for grad in gradients]).isfinite().all())
+        self._check_finite(finite, args, state)
+        progress = _density_progress(tuner) if tuner.phase() == "gating" else None
+        setattr(state, USED_RATE_ATTRIBUTE, self._rates.apply(optimizer, state.global_step, progress))
+
+    def _check_finite(self, finite: bool, args: TrainingArguments, state: TrainerState) -> None:
         self._skipped = 0 if finite else self._skipped + 1
         if not finite and (not args.fp16 or self._skipped > self.MAX_SKIPPED):
             ahead = "except for diffs that low_memory=True had updated by then, " if self._in_backward else ""
@@ -163,8 +168,6 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 "before this update. Look at the loss and the data of this step, lower the learning rate, and resume "
                 "from the last checkpoint"
             )
-        progress = _density_progress(tuner) if tuner.phase() == "gating" else None
-        setattr(state, USED_RATE_ATTRIBUTE, self._rates.apply(optimizer, state.global_step, progress))
 
     def on_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         """Give the optimizer its scheduled learning rates back."""
