@@ -29,5 +29,4 @@ def outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def layers_in(model: nn.Module, kind: type[Layer]) -> list[Layer]:
     """The wrapped modules of a model."""
-    # The look at the children spares most modules the slower one at their type.
     return [m for _, m in outer_modules(model) if m._modules and isinstance(m, kind)]
