@@ -27,11 +27,11 @@ FORMAT_VERSION = 2
 
 
 def _peft_type() -> PeftType:
-    """`PeftType.DIFFPRUNING`, added on the first call: PEFT registers only members, and an enumeration with
-    members cannot be subclassed."""
+    """`PeftType.DIFFPRUNING`, added on the first call: PEFT registers members alone."""
     if PEFT_TYPE not in PeftType.__members__:
         member = str.__new__(PeftType, PEFT_TYPE)
         member._name_ = member._value_ = PEFT_TYPE
+        member.__objclass__, member._sort_order_ = PeftType, len(PeftType.__members__)
         type.__setattr__(PeftType, PEFT_TYPE, member)
         PeftType._member_names_.append(PEFT_TYPE)
         PeftType._member_map_[PEFT_TYPE] = member

@@ -1,4 +1,4 @@
-"""Sharing adapters on the Hub, for which a local stand-in answers (tests/hub.py); what talks to it are processes of
+"""Sharing adapters on the Hub, for which a local stand-in answers (tests/helpers/hub.py); what talks to it are processes of
 their own, because the tests run offline."""
 
 import json
