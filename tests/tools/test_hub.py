@@ -1,5 +1,7 @@
-"""Sharing adapters on the Hub, for which a local stand-in answers (tests/helpers/hub.py); what talks to it are processes of
-their own, because the tests run offline."""
+"""Sharing adapters on the Hub, for which a local stand-in answers (tests/helpers/hub.py).
+
+Processes of their own talk to it, because the tests run offline.
+"""
 
 import json
 from pathlib import Path
