@@ -1,4 +1,4 @@
-"""Share an adapter on the Hub with its model card, and fetch adapters and models from there."""
+"""Share an adapter on the Hub with its model card."""
 
 import tempfile
 from collections.abc import Mapping

@@ -2,12 +2,13 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from benchmarks.shared import models, training
 from benchmarks.shared.memory import allocations
-from benchmarks.speed import memory, pruning, scaling, serving, step_cost, task_switch
+from benchmarks.speed import compare, memory, pruning, scaling, serving, step_cost, task_switch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -113,3 +114,13 @@ def test_pruning(monkeypatch):
     found = options(pruning, monkeypatch, "--model", "tiny", *TIMES)
     sizes = {**pruning.timed("tiny", found), **pruning.tensors("tiny", found)}
     assert pruning.row("tiny", sizes)["tensors_mb"] > 0
+
+
+def test_checkouts_are_timed_in_turn(tmp_path):
+    root = str(Path(__file__).parents[2])
+    words = ["--actions", "gating", "mixed_8x1", "--model", "tiny", "--repeats", "1", "--times", "2"]
+    compare.main([root, root, *words, "--json", str(tmp_path / "compare.json")])
+    rows = json.loads((tmp_path / "compare.json").read_text())["rows"]
+    assert [row["action"] for row in rows] == ["gating", "gating", "mixed_8x1", "mixed_8x1"]
+    assert [row["ratio"] for row in rows][::2] == [1.0, 1.0]
+    assert all(row["ms"] > 0 for row in rows)

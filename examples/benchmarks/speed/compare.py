@@ -137,7 +137,7 @@ def compare(action: str, checkouts: list[str], options: argparse.Namespace) -> l
     ]
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Compare the checkouts that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkouts", nargs="*", help="directories that hold the package, the one to compare with first")
@@ -148,7 +148,7 @@ def main() -> None:
     parser.set_defaults(device="cpu")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--worker", choices=ACTIONS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     if options.worker:
         work(options.worker, options.model)
         return
