@@ -43,5 +43,4 @@ def uniform_scalar(seed: Tensor, position: int) -> Tensor:
     x = position * (first & 0xFFFFFFFF | 1) + (first >> 32) & 0xFFFFFFFF
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF ^ (second & 0xFFFFFFFF)
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
-    x ^= x >> 16
-    return torch.tensor(x >> 8, dtype=torch.float32) * (2.0**-24 * (1 - 2 * NOISE_MARGIN)) + NOISE_MARGIN
+    return torch.tensor((x ^ x >> 16) >> 8, dtype=torch.float32) * (2.0**-24 * (1 - 2 * NOISE_MARGIN)) + NOISE_MARGIN

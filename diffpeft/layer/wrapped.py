@@ -27,11 +27,7 @@ def own_shapes(module: nn.Module) -> dict[str, torch.Size]:
 def quantization_backend(module: nn.Module) -> QuantizationBackend | None:
     """PEFT's backend for a module with a quantised weight; None for others."""
     # How the argument is called matters for merging alone, which layers refuse.
-    return resolve_quantization_backend(module, get_apply_tensor_subclass=_no_subclass)
-
-
-def _no_subclass() -> None:
-    return None
+    return resolve_quantization_backend(module, get_apply_tensor_subclass=lambda: None)
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,8 @@ class RowPattern(NamedTuple):
     """int32, shape (rows + 1,)."""
     columns: Tensor
     """int32, shape (k,)."""
+    transpose: Callable[[Tensor], Tensor] = torch.t_copy
+    """The transpose of an operand, contiguous, for products at these positions."""
 
     @classmethod
     def of(cls, positions: Tensor, shape: torch.Size) -> RowPattern:
@@ -104,8 +107,8 @@ def gradient_at(grad: Tensor, x: Tensor, values: Tensor, positions: Tensor, patt
     size, found = (grad.shape[1], x.shape[1]), values.detach()
     rows = max(64, CHUNK_ELEMENTS // sum(size))
     for part, (own, other) in enumerate(zip(torch.split(grad, rows), torch.split(x, rows), strict=True)):
-        sparse = torch.sparse_csr_tensor(*pattern, found, size, check_invariants=False)
-        by_column = own.t().contiguous(), other.t().contiguous().t()  # it reads rows of the one, columns of the other
+        sparse = torch.sparse_csr_tensor(*pattern[:2], found, size, check_invariants=False)
+        by_column = pattern.transpose(own), pattern.transpose(other).t()  # it reads rows of own, columns of other
         found = torch.sparse.sampled_addmm(sparse, *by_column, beta=1.0 if part else 0.0).values()
     return found
 

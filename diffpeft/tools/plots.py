@@ -33,7 +33,6 @@ def draw(diff: Diff, numel: Mapping[str, int], path: str | Path) -> None:
     layers = sorted((row for row in rows if row.isdigit()), key=int)
     names = [row for row in rows if not row.isdigit()] + layers
     totals = [[sum(counts) for counts in zip(*rows[row].values(), strict=True)] for row in names]
-
     figure = Figure(figsize=(13, 1.8 + 0.42 * max(6, len(names))), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1, 2.2))

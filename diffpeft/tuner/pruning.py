@@ -51,7 +51,7 @@ def magnitude_prune(
     tuner: BaseTuner, adapter_name: str, density: float | None, optimizer: torch.optim.Optimizer | None
 ) -> PruningSummary:
     """Keep the largest |delta| of an adapter over all tensors together; see `DiffPruningModel.magnitude_prune`."""
-    layers = tuner.layers_of(adapter_name)
+    layers: list[DiffPruningLayer] = tuner.layers_of(adapter_name)
     config: DiffPruningConfig = tuner.peft_config[adapter_name]
     density = config.target_density if density is None else density
     k = _check(tuner, adapter_name, density, layers)
@@ -59,9 +59,8 @@ def magnitude_prune(
     check_whole((p for parameters in old.values() for p in parameters), "magnitude_prune")
     if optimizer is not None:
         check_replaceable(optimizer, {p for parameters in old.values() for p in parameters if p.requires_grad})
-
     owners = [(layer, name) for layer in layers for name in layer.shapes]
-    diffs = [_gated_diff(layer, adapter_name, name) for layer, name in owners]
+    diffs = [GatedDiff(*layer.gates_of_parameter(adapter_name, name), config.stretch) for layer, name in owners]
     kept, threshold = global_top_k([diff.scores for diff in diffs], k)
     chosen = {owner: (p, diff.values(p)) for owner, diff, p in zip(owners, diffs, kept, strict=True)}
     replacement = dict[nn.Parameter, nn.Parameter | None]()
@@ -106,11 +105,6 @@ def _check(tuner: BaseTuner, adapter_name: str, density: float, layers: list[Dif
             f"adapter {adapter_name!r} is merged into the base model; call unmerge_adapter() before pruning"
         )
     return k
-
-
-def _gated_diff(layer: DiffPruningLayer, adapter_name: str, name: str) -> GatedDiff:
-    w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, name)
-    return GatedDiff(w, log_alpha, group_log_alpha, layer.configs[adapter_name].stretch)
 
 
 @torch.no_grad()

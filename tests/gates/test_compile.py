@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from peft import get_peft_model
+from torch import Tensor, nn
 
+from diffpeft.config import DiffPruningConfig
 from diffpeft.gates import compile as compiling
-from diffpeft.gates.compile import compile_and_run
+from diffpeft.gates.compile import compile_and_run, transpose
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, while it compiles
@@ -117,3 +119,28 @@ def test_the_number_of_threads_is_that_of_the_moment(checked, threads):
         assert compiling.compiled.cache_info().currsize == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (200, 300), (4, 20_000)])
+def test_a_transpose_is_torchs_with_a_compiler_and_without(shape, device, monkeypatch):
+    x = torch.randn(shape, device=device, requires_grad=True)
+    assert torch.equal(transpose(x), x.t())
+    assert transpose(x).is_contiguous()
+    monkeypatch.setattr(compiling, "broken", [RuntimeError("no compiler")])
+    assert torch.equal(transpose(x), x.t())
+
+
+def test_fixmask_transposes_with_the_compiler_where_a_model_is_large():
+    layer = nn.Linear(128, 128)
+    model = get_peft_model(nn.Sequential(layer), DiffPruningConfig(target_density=0.005, init_weights=False))
+    model.base_model.magnitude_prune()
+    inner, x = model.base_model.all_layers()[0], torch.randn(300, 128)
+    for fused in (False, True):
+        inner.fused = fused
+        compiling.compiled.cache_clear()
+        inner.diffpruning_values["default"]["weight"].grad = None
+        output = model(x)
+        output.square().sum().backward()
+        expected = torch.take(2 * (output.detach().t() @ x), inner.sparse("default", "weight").positions)
+        torch.testing.assert_close(inner.diffpruning_values["default"]["weight"].grad, expected, rtol=1e-4, atol=1e-4)
+        assert compiling.compiled.cache_info().currsize == fused

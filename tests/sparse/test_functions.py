@@ -195,7 +195,7 @@ def test_a_pattern_is_the_positions_as_compressed_rows(found):
     positions = torch.tensor(found, dtype=torch.int64)
     dense = torch.zeros(60).index_fill_(0, positions, 1).view(6, 10)
     expected = dense.to_sparse_csr()
-    offsets, columns = RowPattern.of(positions, torch.Size((6, 10)))
+    offsets, columns, _ = RowPattern.of(positions, torch.Size((6, 10)))
     assert torch.equal(offsets, expected.crow_indices())
     assert torch.equal(columns, expected.col_indices())
 
