@@ -1,4 +1,4 @@
-"""What a user calls: `peft_model.base_model`, which takes an adapter through gating, pruning and fixmask."""
+"""The tuner that users call, `peft_model.base_model`, which takes an adapter through gating, pruning and fixmask."""
 
 from __future__ import annotations
 

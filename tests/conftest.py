@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from architectures import pruned
 from hypothesis import settings
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
@@ -68,3 +69,12 @@ def batch() -> Callable[..., dict[str, Tensor]]:
         }
 
     return make
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_bert: Callable[..., BertForSequenceClassification], tmp_path_factory: pytest.TempPathFactory):
+    """A pruned adapter of density 0.02 with a head on disk, and the model that it was saved from."""
+    directory = tmp_path_factory.mktemp("adapter")
+    model = pruned(tiny_bert(), task_type="SEQ_CLS", target_density=0.02).eval()
+    model.save_pretrained(directory)
+    return directory, model

@@ -140,7 +140,7 @@ def _transpose(x: Tensor) -> Tensor:
 
 
 def transpose(x: Tensor) -> Tensor:
-    """The transpose of a matrix, contiguous; on a CPU, compiled code takes a third of torch's time."""
+    """The transpose of a matrix, contiguous, by compiled code where that is faster than torch's."""
     worth = min(x.shape) > 8 and x.numel() >= MIN_PARALLEL_ELEMENTS and x.is_contiguous()
     done, result = compile_and_run(_transpose, x.detach()) if worth else (False, None)
     return result if done else _transpose(x)  # type: ignore[return-value]

@@ -28,9 +28,9 @@ class GatedTensors(NamedTuple):
     w: Tensor
     """The dense diff, fp32, shape of `base`."""
     log_alpha: Tensor
-    """Of the element gates, fp32 or fp16, shape of `base`."""
+    """Parameters of the element gates, fp32 or fp16, shape of `base`."""
     group_log_alpha: Tensor | None
-    """Of the group gate, fp32, shape (1,); None without structure."""
+    """Parameter of the group gate, fp32, shape (1,); None without structure."""
 
 
 def widened(log_alpha: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a layer asks of the module that it wraps."""
+"""Questions about a wrapped module: is it quantised, offloaded, plain, and where does it run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def has_hook(module: nn.Module) -> bool:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where the module's own tensors are, or where they are brought to run."""
+    """The device of the module's own tensors, or the one that offloaded ones are brought to."""
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     device = tensors[0].device if tensors else torch.device("cpu")
     if device.type != "meta":

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 REMEDY = "gate and prune in one process or under plain DistributedDataParallel, then train on here with gating_steps=0"
-"""What errors about gating and pruning of sharded parameters advise."""
+"""The advice in errors about gating and pruning of sharded parameters."""
 
 
 def is_sharded(tensor: Tensor) -> bool:

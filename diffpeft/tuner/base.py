@@ -1,4 +1,4 @@
-"""What PEFT calls: every hook of a tuner, each a few lines that hand on to the modules beside this one."""
+"""The hooks of a tuner that PEFT calls, each a few lines that hand on to the modules beside this one."""
 
 from __future__ import annotations
 

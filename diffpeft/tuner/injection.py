@@ -26,7 +26,7 @@ from diffpeft.layer.wrapped import own_shapes
 from diffpeft.sparse.sharded import check_whole
 
 Owners = dict[int, tuple[DiffPruningLayer, str]]
-"""Which layer has the diff of a parameter, and under which name: by the parameter's identity."""
+"""Identity of a parameter -> the layer that has its diff, and the parameter's name there."""
 
 
 class Injection:

@@ -21,7 +21,7 @@ BASE = "__base__"
 """PEFT's name for rows without an adapter."""
 
 CACHE_FLAGS = ("use_cache", "use_mems")
-"""What turns on a model's cache of what it has seen."""
+"""Arguments and config fields that turn on a model's cache of earlier tokens."""
 
 ONE_BATCH_EACH = "use one batch for each adapter"
 

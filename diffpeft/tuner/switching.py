@@ -1,4 +1,4 @@
-"""Which adapters are active and which are merged, and unwrapping the model."""
+"""Activating and merging adapters, and unwrapping the model."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def small(monkeypatch):
 
 
 def options(script, monkeypatch, *words):
-    """As the script's main has them."""
+    """The options, as the script's main parses them."""
     kept = []
     monkeypatch.setattr(script, "begin", lambda found: kept.append(found) or exit())
     with pytest.raises(SystemExit):
@@ -97,7 +97,7 @@ def test_task_switch(tmp_path, monkeypatch):
     )
     words = ["--models", "tiny", "--dtypes", "float32", "--repeats", "1", "--json", str(tmp_path / "a.json")]
     task_switch.main(words)
-    rows = json.loads((tmp_path / "a.json").read_text())
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [row["method"] for row in rows] == list(task_switch.WAYS)
     assert [row["largest_drift_of_the_base"] == 0 for row in rows[1:]] == [True, True]
 

@@ -12,7 +12,7 @@ import accelerate
 import pytest
 import torch
 from adapter_files import POOLER, WEIGHTS, copy_of, native, put, values_of
-from architectures import ARCHITECTURES, pruned
+from architectures import ARCHITECTURES
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -22,15 +22,6 @@ from diffpeft.files.adapter import read_adapter
 from diffpeft.files.encoding import encode
 
 DENSITY = 0.02
-
-
-@pytest.fixture(scope="module")
-def saved(tiny_bert, tmp_path_factory):
-    """A pruned adapter with a head on disk, and the model that it was saved from."""
-    directory = tmp_path_factory.mktemp("adapter")
-    model = pruned(tiny_bert(), task_type="SEQ_CLS", target_density=DENSITY).eval()
-    model.save_pretrained(directory)
-    return directory, model
 
 
 @pytest.fixture(scope="module")

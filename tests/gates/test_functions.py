@@ -165,7 +165,7 @@ def test_nothing_but_the_input_is_kept_for_backward():
 
 @pytest.fixture
 def makings(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
-    """Where effective parameters were made."""
+    """The outputs that effective parameters were written to, in the order of the calls."""
     made, make = [], kernels.effective
 
     def noting(tensors: tuple[Tensor, ...], *others: object, **options: object) -> None:

@@ -49,7 +49,7 @@ class Hub:
 
 
 def blob_id(content: bytes) -> str:
-    """As git names a file's content."""
+    """The name that git gives to a file's content."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 

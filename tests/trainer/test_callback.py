@@ -108,8 +108,10 @@ LAMBDA = 1e-3
 
 
 def penalty_share(trainer):
-    """Of each gate: the gradient that reached its moments in the first update, over lambda times the penalty's own. The
-    diff is zero then, so the task does not pull."""
+    """The gradient that reached each gate's moments in the first update, over lambda times the penalty's own.
+
+    The diff is zero then, so the task does not pull.
+    """
     gates = {name: p for name, p in trainer.model.named_parameters() if "log_alpha" in name}
     wanted = torch.autograd.grad(trainer.model.base_model.l0_penalty(), list(gates.values()))
     reached = {}

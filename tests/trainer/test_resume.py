@@ -219,7 +219,7 @@ def test_a_resumed_run_ends_with_the_same_best_checkpoint(tiny_bert, tmp_path):
 
 
 def test_a_new_model_for_every_trial_gets_all_phases(tiny_bert, tmp_path):
-    """As `hyperparameter_search` does it: the Trainer and its callbacks stay, the model is new."""
+    """`hyperparameter_search` keeps the Trainer and its callbacks and makes a new model."""
     first = make_trainer(tiny_bert, tmp_path)
     models = []
 

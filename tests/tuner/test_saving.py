@@ -18,15 +18,6 @@ from diffpeft.files import encoding
 DENSITY = 0.02
 
 
-@pytest.fixture(scope="module")
-def saved(tiny_bert, tmp_path_factory):
-    """A pruned adapter with a head on disk, and the model that it was saved from."""
-    directory = tmp_path_factory.mktemp("adapter")
-    model = pruned(tiny_bert(), task_type="SEQ_CLS", target_density=DENSITY).eval()
-    model.save_pretrained(directory)
-    return directory, model
-
-
 @pytest.mark.parametrize("seed", range(40))
 def test_a_file_with_a_flipped_bit_is_refused_or_means_the_same(saved, tiny_bert, batch, tmp_path, seed):
     """Bits of the header too: some of them only change the order of its entries or a blank."""

@@ -28,7 +28,7 @@ def pass_through(model, batch, seed=7):
 
 
 def parts_of(model):
-    """By parameter: layer, name in it, gates of the elements."""
+    """For each parameter: its layer, its name there and the gates of its elements."""
     return {
         layer.parameter_key(name): (layer, name, pair[0])
         for layer in model.base_model.all_layers()

@@ -43,7 +43,7 @@ def pruned(gated=False):
 
 @pytest.fixture
 def process_group(tmp_path):
-    """Of this one process."""
+    """A process group of this one process."""
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     distributed.destroy_process_group()

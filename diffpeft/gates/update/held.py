@@ -1,4 +1,4 @@
-"""What gates ask of the layer that holds their tensors: attributes, by name, and the state of the next update."""
+"""Names of the tensors that a layer holds for its gates, and the interface by which gate updates read them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

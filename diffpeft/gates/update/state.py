@@ -31,7 +31,7 @@ class ElementGates(Protocol):
 
     @property
     def log_alpha(self) -> Tensor:
-        """Of all elements."""
+        """The parameters of all elements' gates, in one tensor."""
 
     def gradient_check(self) -> Tensor | None:
         """A number that is finite if and only if the gradient is, shape (); None: that is known already."""
@@ -61,7 +61,7 @@ class StoredGates(NamedTuple):
     log_alpha: Tensor
     """fp32, any shape."""
     grad: Tensor | None
-    """Of the task loss, shape of `log_alpha`; None: zero."""
+    """Gradient of the task loss by log_alpha, shape of `log_alpha`; None where it is zero."""
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
@@ -108,7 +108,7 @@ class JoinedGates:
 
     @functools.cached_property
     def log_alpha(self) -> Tensor:
-        """Of all members, flat."""
+        """The parameters of all members' gates, flat in one tensor."""
         return torch.cat([member.log_alpha.detach().reshape(-1) for member in self._members])
 
     @functools.cached_property

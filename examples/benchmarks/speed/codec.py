@@ -9,9 +9,7 @@ values together with their bound: the entropy of the positions and the bits of t
 """
 
 import argparse
-import json
 import math
-import platform
 import statistics
 import sys
 import time
@@ -22,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # examples/
 
 import numpy as np
 import torch
-from benchmarks.shared.report import table
+from benchmarks.shared.report import show, table
 from torch import Tensor
 
 from diffpeft.sparse.elias_fano import pack, unpack
@@ -96,13 +94,11 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.set_defaults(device="cpu")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     rows = [measure(round(size), density, options.repeats) for size in options.sizes for density in options.densities]
-    print(f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}\n")
-    print(table(rows, COLUMNS))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    show(options, rows, table(rows, COLUMNS))
 
 
 if __name__ == "__main__":

