@@ -146,6 +146,13 @@ def transpose(x: Tensor) -> Tensor:
     return result if done else _transpose(x)  # type: ignore[return-value]
 
 
+@functools.cache
+@torch.no_grad()
+def prepare_transpose() -> None:
+    """Compile [`transpose`] before a backward pass, where the compiler's memory would add to all activations."""
+    transpose(torch.zeros(MIN_PARALLEL_ELEMENTS >> 7, (1 << 7) + 1))
+
+
 def elementwise(chain: Callable[..., Any]) -> Callable[..., Any]:
     """Make a chain a function of whole tensors of one shape; what it returns for chunks of them is added up.
 

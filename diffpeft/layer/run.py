@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffpeft.gates.compile import transpose
+from diffpeft.gates.compile import prepare_transpose, transpose
 from diffpeft.gates.forward_pass import may_be_replayed
 from diffpeft.gates.functions import GateSample, gated_embedding, gated_linear, gated_parameter_sampled
 from diffpeft.gates.hard_concrete import GatedTensors
@@ -99,6 +99,7 @@ def _linear(layer: Layer, adapter_name: str, x: Tensor) -> Tensor | None:
         diff = layer.sparse(adapter_name, "weight")
         pattern = diff.pattern if sampling_pays(diff.count, module.weight.shape, x) else None
         if pattern is not None and layer.fused and not torch.compiler.is_compiling():
+            prepare_transpose()
             pattern = pattern._replace(transpose=transpose)
         return sparse_linear(x, layer.read("bias"), module.weight, diff.values, diff.positions, pattern)
     w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, "weight")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffpeft.sparse.diff import Diff
+from diffpeft.sparse.diff import Diff, count_nonzeros
 from diffpeft.sparse.top_k import global_top_k
 
 COMBINATION_TYPES = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -63,7 +63,7 @@ def combine(
         if combination_type.startswith("dare"):
             parts = [_drop_randomly(part, density) for part in parts]
         else:
-            parts = [_keep_largest(part, round(density * _count(part))) for part in parts]
+            parts = [_keep_largest(part, round(density * sum(count_nonzeros(part).values()))) for part in parts]
     elect = majority_sign_method if combination_type.endswith("ties") else None
     merged: Diff = {}
     for name in dict.fromkeys(name for diff in diffs for name in diff):
@@ -122,12 +122,8 @@ def _select(diff: Diff, chosen: Sequence[Tensor]) -> Diff:
     return {name: entries for name, entries in kept.items() if entries[0].numel()}
 
 
-def _count(diff: Diff) -> int:
-    return sum(values.numel() for _, values in diff.values())
-
-
 def _keep_largest(diff: Diff, k: int) -> Diff:
-    if not 0 < k < _count(diff):
+    if not 0 < k < sum(count_nonzeros(diff).values()):
         return diff if k else {}
     magnitudes = [lambda values=values: [values.abs()] for _, values in diff.values()]
     return _select(diff, global_top_k(magnitudes, k)[0])

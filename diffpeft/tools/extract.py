@@ -115,7 +115,10 @@ def _extract(found: Alignment, density: float, value_dtype: str, progress: Progr
         raise ValueError(f"{old.label} and {new.label} are the same outside the heads, so there is nothing to extract")
     count = min(k, differing)
     pairs = _largest(differences, count)
-    diff = {name: (positions, _rounded(values, value_dtype, name)) for name, (positions, values) in pairs.items()}
+    diff = {name: (positions, rounded(values, value_dtype)) for name, (positions, values) in pairs.items()}
+    for name, (_, values) in diff.items():
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{name}: differences are beyond {value_dtype}; use value_dtype='float32'")
     kept = count_nonzeros(diff)
     every = (*new.parameters, *new.tied, *new.others)
     return Extraction(
@@ -187,13 +190,6 @@ def _largest(differences: _Differences, k: int) -> Diff:
             filled = span.stop
         spans[name] = slice(start, filled)
     return {n: (positions[span].clone(), values[span].clone()) for n, span in spans.items() if span.stop > span.start}
-
-
-def _rounded(values: Tensor, dtype: str, name: str) -> Tensor:
-    result = rounded(values, dtype)
-    if not bool(torch.isfinite(result).all()):
-        raise ValueError(f"{name}: differences are beyond {dtype}; use value_dtype='float32'")
-    return result
 
 
 def _differing_buffers(old: Checkpoint, new: Checkpoint, modules: list[str]) -> Iterator[str]:

@@ -138,8 +138,10 @@ def test_fixmask_transposes_with_the_compiler_where_a_model_is_large():
     for fused in (False, True):
         inner.fused = fused
         compiling.compiled.cache_clear()
+        compiling.prepare_transpose.cache_clear()
         inner.diffpruning_values["default"]["weight"].grad = None
         output = model(x)
+        assert compiling.compiled.cache_info().currsize == fused, "compiled before backward"
         output.square().sum().backward()
         expected = torch.take(2 * (output.detach().t() @ x), inner.sparse("default", "weight").positions)
         torch.testing.assert_close(inner.diffpruning_values["default"]["weight"].grad, expected, rtol=1e-4, atol=1e-4)
