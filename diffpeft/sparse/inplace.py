@@ -36,10 +36,8 @@ class InplaceUpdate:
         self.revert()  # what an interrupted `revert` has left
         try:
             for tensor, positions, values in self._entries:
-                old = read_at(tensor.data, positions)
-                new = old + values.data
-                self._old.append(old)
-                write_at(tensor.data, new, positions)
+                self._old.append(read_at(tensor.data, positions))
+                write_at(tensor.data, self._old[-1] + values.data, positions)
         except BaseException:
             self.revert()
             raise
@@ -50,11 +48,12 @@ class InplaceUpdate:
         `tensors` are those that hold the entries now, in their order, where they are no longer the same objects.
         """
         while self._old:
-            index = len(self._old) - 1
+            index, old = len(self._old) - 1, self._old[-1]
             tensor, positions, _ = self._entries[index]
             data = (tensors[index] if tensors else tensor).data
-            positions = None if positions is None else positions.to(data.device)
-            write_at(data, self._old[index].to(data.device), positions)
+            if old.device != data.device:  # the model has moved
+                old, positions = old.to(data.device), None if positions is None else positions.to(data.device)
+            write_at(data, old, positions)
             self._old.pop()
 
     def __enter__(self) -> None:
