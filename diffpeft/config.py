@@ -55,7 +55,7 @@ class DiffPruningConfig(PeftConfig):
     flags of the authors' released scripts.
     """
 
-    target_modules: list[str] | str | None = _field(
+    target_modules: list[str] | set[str] | str | None = _field(
         None,
         "Modules to adapt: a list of names or suffixes, a regex, or 'all-linear', as in PEFT. None adapts every module "
         "that owns a parameter, except the task head, which is trained whole.",
@@ -122,8 +122,8 @@ class DiffPruningConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = DIFFPRUNING
-        if isinstance(self.target_modules, (set, tuple)):
-            self.target_modules = sorted(self.target_modules)
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)  # as PEFT's own configs have it
         self.stretch = _stretch(self.stretch, needed=self.gated and self.nnz_pattern is None)
         check_density(self.target_density)
         alpha, penalty, rate = self.init_log_alpha, self.l0_lambda, self.gate_learning_rate
@@ -157,6 +157,11 @@ class DiffPruningConfig(PeftConfig):
                 f"layers_pattern={self.layers_pattern!r} does nothing without layers_to_transform; set both or neither"
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a file has them, in an order that does not change."""
+        fields: dict[str, Any] = super().to_dict()
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, with the weights staged for it, and the adapter's part of README.md.
 
@@ -178,6 +183,8 @@ class DiffPruningConfig(PeftConfig):
         """The contents of the config that belongs to the weights, even where a kill left it under another name."""
         pending = pending_config(Path(path_json_file).parent)
         contents: dict[str, Any] = super().from_json_file(str(pending or path_json_file), **kwargs)
+        if isinstance(contents.get("stretch"), list):
+            contents["stretch"] = tuple(contents["stretch"])
         return contents
 
 

@@ -85,9 +85,11 @@ def test_stretch_does_not_matter_without_gates(fields):
     assert DiffPruningConfig(stretch=(0.0, 1.0), **fields).stretch == (0.0, 1.0)
 
 
-def test_target_modules_given_as_a_set_or_tuple_become_a_sorted_list():
-    for modules in ({"value", "query"}, ("value", "query")):
-        assert DiffPruningConfig(target_modules=modules).target_modules == ["query", "value"]
+def test_target_modules_are_a_set_as_in_pefts_own_configs():
+    for modules in ({"value", "query"}, ("value", "query"), ["query", "value"]):
+        config = DiffPruningConfig(target_modules=modules)
+        assert config.target_modules == {"value", "query"}
+        assert config.to_dict()["target_modules"] == ["query", "value"]
 
 
 @pytest.mark.parametrize(

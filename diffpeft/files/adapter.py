@@ -18,7 +18,17 @@ from torch import Tensor
 from diffpeft.files import keys
 from diffpeft.files.atomic import replace_config, stage_weights
 from diffpeft.files.checkpoint import parameter_shapes
-from diffpeft.files.encoding import VALUE_DTYPES, checksums_of, decode, dtype_name, encode
+from diffpeft.files.encoding import (
+    VALUE_DTYPES,
+    buffer_size,
+    check_checksum,
+    checksums_of,
+    decode,
+    dtype_name,
+    encode,
+    has_checksum,
+    unpack,
+)
 from diffpeft.sparse.diff import Diff, check_diff, count_nonzeros
 
 
@@ -145,21 +155,43 @@ def verify(tensors: Mapping[str, Tensor], config: PeftConfig, shapes: Mapping[st
             if found != told:
                 other = "the files do not belong together"
                 raise ValueError(f"{name} has {found} values, but {CONFIG_NAME} says {told}; {other}")
-    diff = {}
+    diff, dtypes = {}, set()
     for name, (stored, buffer) in pairs.items():
         if name not in shapes:
             what = "no parameter of the base model that the adapter covers"
             raise ValueError(f"{name} is {what}; use the adapter's own model and config")
+        numel = shapes[name].numel()
         try:
-            diff[name] = decode(stored, buffer, shapes[name].numel(), name)
+            if not has_checksum(buffer):  # PEFT has added it as it is in memory, with the embedding that holds it
+                stored, buffer = encode(unpack(buffer, stored.numel(), numel), stored, numel, config.value_dtype, name)
+            diff[name] = decode(stored, buffer, numel, name)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-    dtypes = {dtype_name(stored.dtype) for stored, _ in pairs.values()} or {config.value_dtype}
+            raise ValueError(f"{name}: {error}{_other_rows(shapes[name], stored, buffer, name)}") from None
+        dtypes.add(dtype_name(stored.dtype))
     if len(dtypes) > 1:
         raise ValueError(f"the diff has values of {sorted(dtypes)}; the file is damaged")
     if config.diff_checksum is not None and checksums_of(tensors).diff != config.diff_checksum:
         raise ValueError(f"the diff is not that of {CONFIG_NAME}: the file is damaged, or of another adapter")
-    return Decoded(diff, heads, dtypes.pop())
+    return Decoded(diff, heads, dtypes.pop() if dtypes else config.value_dtype)
+
+
+def _other_rows(shape: torch.Size, stored: Tensor, buffer: Tensor, name: str) -> str:
+    """The hint that a parameter had another number of rows, as embeddings have with another vocabulary, or ""."""
+    try:
+        check_checksum(buffer, stored, name)
+    except ValueError:
+        return ""  # damaged
+    row, dtype = shape.numel() // max(1, shape[0]), dtype_name(stored.dtype)
+    candidates = range(-(-stored.numel() // row), 2 * shape[0])
+    rows = [n for n in candidates if n != shape[0] and buffer_size(stored.numel(), n * row, dtype) == len(buffer)]
+    return (
+        ""
+        if not rows
+        else (
+            f". Its checksum is right, so it was made for {rows[0]} to {rows[-1]} rows, the model has {shape[0]}: if "
+            "the vocabulary was padded or resized since, load and merge the adapter at the old size, and resize then"
+        )
+    )
 
 
 def verify_heads(tensors: Mapping[str, Tensor], checksum: int | None) -> dict[str, Tensor]:
@@ -174,6 +206,14 @@ def verify_heads(tensors: Mapping[str, Tensor], checksum: int | None) -> dict[st
     if checksum is not None and checksums_of(tensors).heads != checksum:
         raise ValueError(f"the checksum of the heads, {sorted(heads)[:3]}, is wrong: the file is damaged")
     return heads
+
+
+def check_written(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for what no reader would accept, as far as that shows without the shapes of the base model."""
+    verify_heads(tensors, None)
+    if any(f".{keys.VALUES}." in key for key in tensors):
+        for name, (stored, buffer) in _pairs(tensors).items():
+            check_checksum(buffer, stored, name)
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

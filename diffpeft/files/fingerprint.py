@@ -28,6 +28,8 @@ def differing(fingerprint: Fingerprint, parameters: Mapping[str, Tensor]) -> lis
     for name in fingerprint.keys() & parameters.keys():
         told = torch.frombuffer(bytearray(base64.b64decode(fingerprint[name])), dtype=torch.float32)
         sample = _sample(parameters[name], told.numel())
+        if len(sample) > 1:
+            told, sample = told[:-1], sample[:-1]  # of embeddings the last row may be a new word's, made at random
         dtypes = {parameters[name].dtype, torch.float32, torch.bfloat16, torch.float16}
         if not any(torch.equal(told.to(d).float(), sample) or torch.equal(told, sample.to(d).float()) for d in dtypes):
             found.append(name)

@@ -19,6 +19,9 @@ from diffpeft.gates.update.held import GATING_BUFFERS, UpdateStatus
 from diffpeft.layer.initial import GATING_PARAMETERS, fixmask_tensors, gating_tensors
 from diffpeft.layer.wrapped import device_of, is_offloaded, keeping_dtype, own_shapes, quantization_backend
 
+FEATURE_NAMES = (("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"), ("nx", "nf"))
+"""Names that modules other than linear layers have for what PEFT calls `in_features` and `out_features`."""
+
 _generations = itertools.count()
 
 
@@ -51,6 +54,9 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         self.shapes = {name: shape for name, shape in own_shapes(base_layer).items() if name not in ties}
         """Shapes of the parameters that this layer adapts, by their name in the module."""
         self.quantization_backend = quantization_backend(base_layer)  # PEFT reads it
+        for names in FEATURE_NAMES:
+            if hasattr(base_layer, names[0]):
+                self.in_features, self.out_features = (getattr(base_layer, name) for name in names)
         self.quantized = self.quantization_backend is not None
         """Whether the wrapped module's weight is quantised, so that a diff cannot be added to it."""
         for name in self.all_names:

@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from diffpeft.config import DiffPruningConfig
 from diffpeft.files.adapter import verify, verify_heads
-from diffpeft.files.encoding import checksums_of, fits, has_checksum, strip_checksum
+from diffpeft.files.encoding import checksums_of, encode, fits, has_checksum, strip_checksum
 from diffpeft.files.keys import KEY_MARKER, POSITIONS, ROOT, VALUES, base_model_key, diff_keys, parameter_and_kind
 from diffpeft.layer.find import outer_modules
 from diffpeft.layer.layer import DiffPruningLayer
@@ -22,9 +21,33 @@ from diffpeft.sparse.sharded import is_sharded
 # Saving
 
 
+class EncodedTensors(dict[str, Tensor]):
+    """An adapter's tensors on their way into a file, to which PEFT adds those of heads and embeddings by `update`.
+
+    Embeddings come with all that is under their module: the diffs there as they are in memory, those of other adapters
+    too, and a base weight that holds the diffs while they are merged.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], merged: bool) -> None:
+        super().__init__(tensors)
+        self._merged = merged
+
+    def update(self, added: Mapping[str, Tensor]) -> None:  # type: ignore[override]
+        """Add tensors that are no diff. Raises ValueError for base weights that hold a diff."""
+        others = {key: tensor for key, tensor in added.items() if KEY_MARKER not in key}
+        held = [key for key in others if ".base_layer." in key]
+        if held and self._merged:
+            raise ValueError(
+                f"PEFT saves {held[:2]} beside the diff, since embeddings were resized, are in target_modules, or "
+                "save_embedding_layers=True, and they hold the diff already while it is merged; call unmerge_adapter() "
+                "first"
+            )
+        super().update(others)
+
+
 def tensors_to_save(
     model: nn.Module, config: DiffPruningConfig, adapter_name: str, tensors: dict[str, Tensor]
-) -> dict[str, Tensor]:
+) -> EncodedTensors:
     """The tensors of an adapter as they go into its file: values in the config's dtype, positions with their checksum.
 
     Args:
@@ -34,7 +57,7 @@ def tensors_to_save(
         tensors: the adapter's, by their keys in the state dict.
 
     Raises:
-        ValueError: values that are NaN, infinite, damaged or were never loaded; embeddings that PEFT would save merged.
+        ValueError: values that are NaN, infinite, damaged or were never loaded.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)}
     found = {}
@@ -49,14 +72,6 @@ def tensors_to_save(
         config.value_dtype = "float32"  # they have trained since they were cast
         for layer in layers.values():
             layer.configs[adapter_name] = config
-    targets = config.target_modules if isinstance(config.target_modules, (list, set)) else []
-    if any(layer.merged for layer in layers.values()) and any(
-        target.rsplit(".", 1)[-1] in EMBEDDING_LAYER_NAMES for target in targets
-    ):
-        raise ValueError(
-            f"PEFT saves the whole embeddings beside the diff where target_modules names them, {sorted(targets)}, and "
-            "they hold the diff already while it is merged; call unmerge_adapter() first"
-        )
     saved, stored, shapes = dict(tensors), dict[str, Tensor](), dict[str, torch.Size]()
     for (layer, name, keys), values in found.items():
         encoded, what = layer.sparse(adapter_name, name).encoded(values), layer.parameter_key(name)
@@ -66,7 +81,7 @@ def tensors_to_save(
     bare = copy.copy(config)  # without what it says of a file
     bare.heads_checksum = bare.diff_checksum = bare.nnz_pattern = None
     verify(stored, bare, shapes)
-    return saved
+    return EncodedTensors(saved, any(isinstance(m, DiffPruningLayer) and m.merged for m in model.modules()))
 
 
 # Loading
@@ -93,7 +108,7 @@ def match_file(
         ValueError: no diff-pruning tensors in the file; the adapter is merged; what [`verify`] refuses.
     """
     layers = list(layers)
-    if not any(KEY_MARKER in key for key in tensors):
+    if config.nnz_pattern != {} and not any(KEY_MARKER in key for key in tensors):
         raise ValueError(f"there are no diff-pruning tensors in what is to be loaded into adapter {adapter_name!r}")
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"adapter {adapter_name!r} is merged into the base model; unmerge it before loading over it")
@@ -101,7 +116,7 @@ def match_file(
     config.heads_checksum = config.diff_checksum = None  # the file's, not of what is trained from here on
     if any(diff.is_filled for layer in layers for diff in layer.sparse_diffs(adapter_name).values()):
         before.nnz_pattern = None  # an adapter that was in use takes on the file's counts
-    pruned = any(f".{kind}." in key for key in tensors for kind in (VALUES, POSITIONS))
+    pruned = config.nnz_pattern == {} or any(f".{kind}." in key for key in tensors for kind in (VALUES, POSITIONS))
     shapes = {layer.parameter_key(name): shape for layer in layers for name, shape in layer.shapes.items()}
     try:
         if not pruned and before.diff_checksum is None:
@@ -123,13 +138,13 @@ def match_file(
         layer.configs[adapter_name] = config
         layer.make_room(adapter_name, {name: count for name, count in own.items() if count})
     loaded = dict(tensors)
-    for key, tensor in tensors.items():
+    for key in tensors:
         if KEY_MARKER in key:
             name, kind = parameter_and_kind(key)
             if kind == VALUES:
                 loaded[key] = decoded.diff[name][1]
             elif decoded.value_dtype == "int8":  # with a checksum they would be taken for values without their scale
-                loaded[key] = strip_checksum(tensor)
+                loaded[key] = strip_checksum(encode(*decoded.diff[name], shapes[name].numel(), "int8")[1])
     return loaded
 
 
@@ -185,7 +200,10 @@ class FirstPassCheck:
         self.adapter_name = adapter_name
 
     def watch(self, model: nn.Module) -> None:
-        """Compare when `model` runs."""
+        """Compare when `model` runs, in place of what was to be compared of an earlier adapter of that name."""
+        for key, hook in list(model._forward_pre_hooks.items()):
+            if isinstance(hook, FirstPassCheck) and hook.adapter_name == self.adapter_name:
+                model._forward_pre_hooks.pop(key)
         model.register_forward_pre_hook(self)
 
     def __call__(self, model: nn.Module, args: Any) -> None:
@@ -196,6 +214,8 @@ class FirstPassCheck:
             model._forward_pre_hooks.pop(key)
         heads_checksum, diff_checksum = self.config.heads_checksum, self.config.diff_checksum
         self.config.heads_checksum = self.config.diff_checksum = None
+        if not any(isinstance(m, DiffPruningLayer) and m.has_adapter(self.adapter_name) for m in model.modules()):
+            return  # it was deleted
         if heads_checksum is not None:
             self._check_heads(model, heads_checksum)
         buffers = {n: b for n, b in model.named_buffers() if f".{POSITIONS}.{self.adapter_name}." in n}

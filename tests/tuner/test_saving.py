@@ -199,3 +199,42 @@ def test_values_beyond_half_precision_are_refused(tiny_bert):
         model.base_model.model.bert.pooler.dense.diffpruning_values["default"]["weight"][3] = 1e6
     with pytest.raises(ValueError, match="beyond float16"):
         model.base_model.cast_values("float16")
+
+
+def test_a_name_that_is_used_again_is_checked_as_the_new_adapter(tiny_bert, batch, tmp_path):
+    """Right before: names used again after a pass; a load that failed in between, also in PEFT's classes."""
+    models = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        models.append(pruned(tiny_bert(), task_type="SEQ_CLS", target_density=0.02).eval())
+        models[seed].save_pretrained(tmp_path / str(seed))
+    base = tiny_bert().eval()
+    base.load_adapter(str(tmp_path / "0"), adapter_name="task")
+    base.delete_adapter("task")
+    base(**batch())  # what was to be checked of the deleted adapter is forgotten
+    base.load_adapter(str(tmp_path / "0"), adapter_name="task")
+    base.delete_adapter("task")
+    base.load_adapter(str(tmp_path / "1"), adapter_name="task")
+    base.set_adapter("task")
+    assert torch.equal(base.eval()(**batch()).logits, models[1](**batch()).logits)
+
+
+def test_an_adapter_without_nonzeros_loads(saved, tiny_bert, batch, tmp_path):
+    model = PeftModel.from_pretrained(tiny_bert(), saved[0]).eval()
+    model.base_model.add_weighted_adapter(["default", "default"], [1, -1], "none")
+    model.save_pretrained(tmp_path, selected_adapters=["none"])
+    again = PeftModel.from_pretrained(tiny_bert(), tmp_path / "none").eval()
+    assert again.base_model.num_nonzeros() == 0
+    with model.disable_adapter():
+        hidden = model.base_model.model.bert(batch()["input_ids"]).last_hidden_state
+    assert torch.equal(again.base_model.model.bert(batch()["input_ids"]).last_hidden_state, hidden)
+
+
+def test_what_no_reader_would_accept_is_not_written(saved, tiny_bert, tmp_path):
+    """Heads that are not finite too; before, such a file was written over a good one."""
+    model = PeftModel.from_pretrained(tiny_bert(), saved[0])
+    with torch.no_grad():
+        model.get_submodule("base_model.model.classifier.modules_to_save.default").weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"head classifier\.weight has NaN or infinite values"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
