@@ -1,7 +1,7 @@
 """What PEFT adds to an adapter's file beside the diff: embeddings that were resized, targeted, or asked for.
 
 Tried: tied and untied heads; a new row that starts otherwise at loading; save_embedding_layers True and False;
-embeddings in target_modules and in modules_to_save; values in bf16 and int8; .bin files; one of two adapters; in gating;
+embeddings in target_modules and in modules_to_save; values in bf16 and int8; .bin files; one of two adapters; gating;
 merged; resuming and the best checkpoint of a Trainer. Right before: all that save no embedding beside the diff.
 """
 
