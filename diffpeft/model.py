@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffpeft.config import FIXMASK, GATING, DiffPruningConfig
 from diffpeft.files.encoding import stored_size
+from diffpeft.files.keys import VALUES
 from diffpeft.gates.update import step as gate_update
 from diffpeft.gates.update.collect import log_alphas
 from diffpeft.gates.update.in_backward import InBackward, backward_steps, check_low_memory
@@ -83,6 +84,7 @@ class DiffPruningModel(DiffPruningTuner):
             return 0.0
         layers = self.layers_of(name)
         check_whole(log_alphas(layers, name), "gate_step")
+        layers[0].noise.idle_passes = None
         progress = gate_update.Progress(step, gating_steps, self.num_base_parameters())
         known = self.__dict__.get("_open_count")
         l0_lambda, self.__dict__["_open_count"] = gate_update.gate_step(layers, name, config, progress, known)
@@ -180,6 +182,12 @@ class DiffPruningModel(DiffPruningTuner):
         """Number of elements of every parameter that the adapter covers, by its name in the base model."""
         layers = self.layers_of(self.resolve(adapter_name))
         return {layer.parameter_key(n): shape.numel() for layer in layers for n, shape in layer.shapes.items()}
+
+    def diff_parameters(self, adapter_name: str | None = None) -> set[nn.Parameter]:
+        """The parameters that hold the diff: w in gating, values in fixmask."""
+        name = self.resolve(adapter_name)
+        kinds = ("diffpruning_w", VALUES)
+        return {p for layer in self.layers_of(name) for kind in kinds for p in layer.held(kind, name).values()}
 
     def adapter_bytes(self, adapter_name: str | None = None) -> int:
         """Bytes that the diff takes in a file; in gating an estimate, for the expected nonzeros spread evenly."""

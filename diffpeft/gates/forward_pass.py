@@ -3,6 +3,7 @@
 import hashlib
 import struct
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from diffpeft.gates.noise import new_seed
 
+MAX_IDLE_PASSES = 256
+"""Training passes without a step of the gates before a warning; gradients are accumulated over fewer."""
 MAX_ALIASES = 1 << 16
 """Repeated uses remembered for gradient checkpointing: many forward passes of any model that shares parameters."""
 
@@ -96,6 +99,8 @@ class ForwardPass:
         """The model, while a pass of it runs."""
         self.small_effective: dict[Hashable, Tensor] | None = None
         """Effective small parameters of the pass, made all at once; None before the first of them is used."""
+        self.idle_passes: int | None = 0
+        """Training passes so far, until the gates' first step; None from then on."""
         self._first: dict[Hashable, Tensor] | None = None
         self._pass: Tensor | None = None
         self._aliases: dict[int, Tensor] = {}
@@ -133,13 +138,26 @@ class ForwardPass:
         drawn = new_seed()
         if self._first is None:
             return drawn if torch.compiler.is_compiling() else self._aliases.get(int(drawn[0]), drawn)
-        self._pass = drawn if self._pass is None else self._pass
+        if self._pass is None:
+            self._pass = drawn
+            self._count_pass()
         seed = self.seed_of(key)
         if not torch.compiler.is_compiling() and may_be_replayed():  # a compiled pass has its own replay
             self._aliases[int(drawn[0])] = seed
             if len(self._aliases) > MAX_ALIASES:
                 del self._aliases[next(iter(self._aliases))]
         return seed
+
+    def _count_pass(self) -> None:
+        if self.idle_passes is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.idle_passes += 1
+            if self.idle_passes == MAX_IDLE_PASSES:
+                warnings.warn(
+                    f"{MAX_IDLE_PASSES} training passes have sampled gates, and none was followed by a gate_step, so "
+                    "gates stay as they are and nothing will be pruned; add DiffPruningCallback() to the Trainer's "
+                    "callbacks, or call gate_step and magnitude_prune in your own loop",
+                    stacklevel=2,
+                )
 
     def seed_of(self, key: Hashable) -> Tensor:
         """The seed of a parameter without a draw, within a pass that has had one."""

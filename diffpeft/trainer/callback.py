@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import warnings
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 
 from diffpeft.gates.update.in_backward import InBackward
 from diffpeft.model import DiffPruningModel
 from diffpeft.trainer import resume
 from diffpeft.trainer.ddp import DDPFinder
 from diffpeft.trainer.launch import check_launch
-from diffpeft.trainer.learning_rate import USED_RATE_ATTRIBUTE, RateSchedule
+from diffpeft.trainer.learning_rate import USED_RATE_ATTRIBUTE, RateSchedule, rates_of_diff
+from diffpeft.trainer.optimizer import OptimizerCheck
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +35,16 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
     Args:
         gating_ratio: gating's share of the run's steps, in (0, 1].
         gating_steps: gating's length in optimizer steps, instead of a share. 0 only trains an adapter that is pruned.
-        fixmask_learning_rate: learning rate that fixmask starts with; from there it follows what is left of the
-            schedule. None: `FIXMASK_FACTOR` times the run's `learning_rate`.
+        fixmask_learning_rate: the highest learning rate of fixmask, which the schedule's highest from there on becomes;
+            of several groups, that of the fastest with parts of the diff, and others keep their ratio to it. None:
+            `FIXMASK_FACTOR` times the run's `learning_rate`; with `gating_steps=0` the run's schedule as it is.
         fixmask_warmup_steps: steps over which fixmask's learning rate rises to that, in equal parts; below 1 a share of
             fixmask.
 
     Raises:
-        ValueError: when training begins, if the model has no diff-pruning adapter, gating is longer than the run, or
-            the checkpoint that training resumes from is damaged or of another run: its config, base or gating steps.
+        ValueError: when training begins, if the model has no diff-pruning adapter, the Trainer has two of these
+            callbacks or an optimizer of other parameters, gating is longer than the run, or the checkpoint that
+            training resumes from is damaged or of another run: its config, base or gating steps.
         FloatingPointError: gradients are NaN or infinite. The model is as it was before the update, except for diffs
             that `low_memory=True` had updated by then.
     """
@@ -49,6 +54,9 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
 
     MAX_SKIPPED = 64
     """Updates in a row that fp16's gradient scaler may skip: it halves its scale each time, from 2^16."""
+
+    MIN_GATING_STEPS = 8
+    """Fewer steps of gating are too few for gates to end near the target density."""
 
     def __init__(
         self,
@@ -74,6 +82,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         self._settings: dict[str, Any] = {}
         self._in_backward: InBackward | None = None
         self._ddp = DDPFinder()
+        self._optimizer = OptimizerCheck()
 
     def state(self) -> dict[str, Any]:
         """The callback's part of a checkpoint's trainer_state.json, asked for when the adapter is saved."""
@@ -82,7 +91,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         state: dict[str, Any] = {"args": arguments, "attributes": {"transition_step": self.transition_step}}
         if self._tuner is not None and self._rates is not None:
             adapter = resume.checksum(self._tuner, self._tuner.active_adapters[0])
-            state["saved"] = {**self._settings, "adapter": adapter, "fixmask_factors": self._rates.fixmask_factors}
+            state["saved"] = {**self._settings, "adapter": adapter, "fixmask_factor": self._rates.fixmask_factor}
         return state
 
     def on_init_end(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
@@ -101,20 +110,25 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}); wrap it "
                 "first: model = get_peft_model(model, DiffPruningConfig())"
             )
+        if isinstance(state.stateful_callbacks.get(type(self).__name__), list):
+            raise ValueError("the Trainer has two DiffPruningCallbacks, which would both move the gates; give it one")
         gating, low_memory = tuner.phase() == "gating", _is_low_memory(tuner)
         check_launch(args, gating, self.fixmask_warmup_steps, low_memory)
         steps = max(1, round(self.gating_ratio * state.max_steps)) if self.gating_steps is None else self.gating_steps
+        if self._tuner is tuner and not gating and not state.global_step:
+            steps = 0  # an attempt of this run ended in fixmask, such as one that ran out of memory
         if steps > state.max_steps:
             raise ValueError(
                 f"gating_steps={steps} is more than the {state.max_steps} steps of the run; lower it, or raise "
                 "num_train_epochs or max_steps"
             )
         self.transition_step, self._skipped = steps, 0
-        name, factors = tuner.resolve(None), []
+        name, factor = tuner.resolve(None), None
         if state.global_step:
             saved = resume.saved_state(state, self)
             resume.check(tuner, name, saved)
-            factors = saved["fixmask_factors"]
+            old = saved.get("fixmask_factors") or [None]  # before 0.2, one for each group
+            factor = saved.get("fixmask_factor", old[0])
         if gating and state.global_step >= steps:
             raise ValueError(
                 f"the adapter is in gating, but the run is at step {state.global_step} and gating ends after {steps}; "
@@ -127,11 +141,22 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             )
         if not args.learning_rate > 0:
             raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
-        if low_memory:
-            self._in_backward = tuner.update_in_backward(kwargs["optimizer"])
-        rate = self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate
-        warmup = self.fixmask_warmup_steps
-        self._rates = RateSchedule(args.learning_rate, rate, steps, state.max_steps, warmup, factors)
+        if tuner.is_gated() and tuner.peft_config[name].l0_lambda == "auto" and steps < self.MIN_GATING_STEPS:
+            warnings.warn(
+                f"gating lasts {steps} steps, in which gates cannot come near target_density; use at least "
+                f"{self.MIN_GATING_STEPS}, better some hundreds",
+                stacklevel=2,
+            )
+        optimizer = kwargs["optimizer"]
+        self._optimizer.watch(optimizer, tuner, name)
+        if self._in_backward is not None:  # of an attempt that ended early
+            self._in_backward.remove()
+        self._in_backward = tuner.update_in_backward(optimizer) if low_memory else None
+        own, groups = rates_of_diff(optimizer, tuner.diff_parameters(name), args.learning_rate)
+        rate, warmup = self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate, self.fixmask_warmup_steps
+        self._rates = RateSchedule(own, rate, steps, state.max_steps, warmup, groups, factor)
+        if not steps and not state.global_step and (self.fixmask_learning_rate is not None or self._tuner is tuner):
+            self._rates.begin_fixmask(optimizer, _plain(kwargs["lr_scheduler"]))
         self._tuner, self._settings = tuner, resume.settings(tuner, name)
         self._ddp.watch(model)
 
@@ -182,18 +207,26 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         # A metric in gating says little about the pruned diff: it must not choose the best checkpoint, which would be
         # dense, nor stop training early, nor lower the learning rate.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        scheduler = getattr(kwargs["lr_scheduler"], "scheduler", kwargs["lr_scheduler"])  # without Accelerate's wrapper
+        scheduler = _plain(kwargs["lr_scheduler"])
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler._reset()
         if state.global_step < self.transition_step or tuner.phase() == "fixmask":
             return
         summary = tuner.magnitude_prune(optimizer=kwargs["optimizer"])
         self._in_backward = None
-        self._rates.begin_fixmask(kwargs["optimizer"])
+        self._rates.begin_fixmask(kwargs["optimizer"], scheduler)
         self._ddp.rebuild()
         if state.is_world_process_zero:
             show = logger.info if args.disable_tqdm else tqdm.write
             show(f"step {state.global_step}: {summary}")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Remove the dense checkpoint that `save_strategy="best"` makes of an evaluation in gating."""
+        kept = state.best_model_checkpoint
+        if self._tuner is None or self._tuner.phase() != "gating" or args.save_strategy != SaveStrategy.BEST:
+            return
+        if kept is not None and state.is_world_process_zero:
+            shutil.rmtree(kept, ignore_errors=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Prune what was stopped in gating, and let go of the model."""
@@ -209,6 +242,11 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 stacklevel=2,
             )
             tuner.magnitude_prune()
+
+
+def _plain(scheduler: Any) -> Any:
+    """A learning rate scheduler without Accelerate's wrapper."""
+    return getattr(scheduler, "scheduler", scheduler)
 
 
 def _is_low_memory(tuner: DiffPruningModel) -> bool:

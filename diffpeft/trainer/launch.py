@@ -13,12 +13,16 @@ from transformers import TrainingArguments
 from diffpeft.gates.update.in_backward import check_low_memory
 from diffpeft.sparse.sharded import REMEDY
 
+STEP_IN_BACKWARD = ("lomo", "adalomo")
+"""Optimizers of the Trainer that update in the backward pass, beside those whose names end in "_layerwise"."""
+
 
 def check_launch(args: TrainingArguments, gating: bool, warmup: float, low_memory: bool = False) -> None:
     """Raise ValueError for ways to launch the Trainer in which gates or values would train wrongly.
 
     It matters whether gates are learned, perhaps in the low-memory mode, and whether fixmask has a warm-up of its own.
     """
+    _check_optimizer(args)
     if low_memory:
         check_low_memory()
     if args.n_gpu > 1:
@@ -65,3 +69,13 @@ def _check_fsdp(plugin: Any) -> None:
         )
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         raise ValueError(f"{plugin.state_dict_type} splits adapters; set fsdp_state_dict_type: FULL_STATE_DICT")
+
+
+def _check_optimizer(args: TrainingArguments) -> None:
+    """Raise ValueError for an optimizer that updates parameters within the backward pass."""
+    name = str(getattr(args.optim, "value", args.optim))
+    if name in STEP_IN_BACKWARD or name.endswith("_layerwise"):
+        raise ValueError(
+            f"optim={name!r} updates parameters within the backward pass, before gates and learning rates are set; use "
+            "one that steps after it, such as adamw_torch, or DiffPruningConfig(low_memory=True) to save memory"
+        )

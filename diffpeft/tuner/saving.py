@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -68,6 +69,12 @@ def tensors_to_save(
                 # The state dict may have been made before values were decoded; a sharded tensor is whole there alone.
                 values = layer.sparse(adapter_name, name).values
                 found[layer, name, keys] = tensors[keys[0]] if is_sharded(values) else values
+    if any(layer.is_gating(adapter_name) and layer.noise.idle_passes for layer in layers.values()):
+        warnings.warn(
+            f"adapter {adapter_name!r} was trained and is saved in gating, dense, without a step of its gates; add "
+            "DiffPruningCallback() to the Trainer's callbacks, or call gate_step and magnitude_prune in your own loop",
+            stacklevel=2,
+        )
     if not all(fits(values, config.value_dtype) for values in found.values()):
         config.value_dtype = "float32"  # they have trained since they were cast
         for layer in layers.values():
