@@ -17,7 +17,7 @@ from diffpeft.gates.forward_pass import Workspace
 from diffpeft.gates.hard_concrete import GatedTensors, Stretch, stretch_and_clamp
 from diffpeft.gates.kernels import Draw
 from diffpeft.gates.noise import seed_words, uniform, uniform_scalar
-from diffpeft.sparse.functions import compute_dtype, embedding_gradient
+from diffpeft.sparse.functions import compute_dtype, embedding_gradient, no_view
 
 Accumulate = Callable[[Tensor, Tensor | None], None]
 """Takes a gradient of log_alpha, fp32, and which rows it is; None: all of them."""
@@ -131,7 +131,7 @@ class _GatedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, base, w, log_alpha)
         gates, needed_again = _Gates(ctx, sample, w, group_log_alpha), ctx.needs_input_grad[0]
         weight = gates.weight(base, w, log_alpha, dtype, needed_again)
-        return functional.linear(x, weight, None if bias is None else bias.to(dtype))
+        return no_view(functional.linear(x, weight, None if bias is None else bias.to(dtype)))
 
     @staticmethod
     @once_differentiable
@@ -158,7 +158,7 @@ class _GatedEmbedding(torch.autograd.Function):
         own_base, own_w, own_log_alpha = (tensor.index_select(0, rows) for tensor in (base, w, log_alpha))
         gates = _Gates(ctx, sample, w, group_log_alpha)
         effective = gates.effective(torch.empty_like(own_base), own_base, own_w, own_log_alpha, rows)
-        return functional.embedding(positions, effective)
+        return no_view(functional.embedding(positions, effective))
 
     @staticmethod
     @once_differentiable

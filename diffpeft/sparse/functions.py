@@ -72,6 +72,11 @@ class RowPattern(NamedTuple):
         return index, row.to(torch.int64) * width + self.columns.index_select(0, index)
 
 
+def no_view(output: Tensor) -> Tensor:
+    """The output of an autograd function as a tensor of its own, which models may write into."""
+    return output.data
+
+
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """The dtype that a linear layer computes in: autocast's, or the weight's."""
     kind = x.device.type
@@ -123,7 +128,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, values, positions)
         ctx.weight = weight
         with InplaceUpdate([Entry(weight, positions, values)]):
-            return functional.linear(x, weight.data.to(dtype), None if bias is None else bias.to(dtype))
+            return no_view(functional.linear(x, weight.data.to(dtype), None if bias is None else bias.to(dtype)))
 
     @staticmethod
     @once_differentiable
@@ -177,7 +182,7 @@ class _SparseEmbedding(torch.autograd.Function):
         own = weight.data.index_select(0, rows)
         flat = own.view(-1)
         write_at(flat, flat.index_select(0, positions) + values.detach().index_select(0, index), positions)
-        return functional.embedding(inverse, own)
+        return no_view(functional.embedding(inverse, own))
 
     @staticmethod
     @once_differentiable

@@ -152,6 +152,45 @@ def test_an_adapters_whole_way(name, tmp_path):
     assert row.covered == row.parameters
 
 
+def as_in_training(model: PreTrainedModel, reentrant: bool | None, inplace: bool) -> PreTrainedModel:
+    """Switch on what models do in training alone, dropout in place where it writes into a linear layer's output."""
+    switches = {"apply_spec_augment": True, "mask_time_prob": 0.5, "mask_time_length": 2, "mask_feature_prob": 0.5}
+    for name, value in {**switches, "mask_feature_length": 2, "layerdrop": 0.3, "encoder_layerdrop": 0.3}.items():
+        if hasattr(model.config, name):
+            setattr(model.config, name, value)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = module.p or 0.1
+            module.inplace = inplace
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+    return model.train()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.gradient_checkpointing_enable. is deprecated", "ignore:None of the inputs have requires_grad"
+)
+@pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "checkpointed"])
+@each_architecture
+def test_everything_that_models_do_in_training_goes_with_a_diff(name, reentrant):
+    """Models write into what linear layers and embeddings return: masks over time, dropout and sums in place."""
+    make, inputs_of, _ = ARCHITECTURES[name]
+    inputs = inputs_of(4)
+    for inplace in (True, False):  # many models need what dropout would overwrite
+        try:
+            loss_of(as_in_training(make(), reentrant, inplace), inputs).backward()
+            break
+        except (RuntimeError, ValueError) as error:
+            reason = str(error)[:80]
+    else:
+        pytest.skip(f"it does not go without a diff: {reason}")
+    model = get_peft_model(as_in_training(make(), reentrant, inplace), DiffPruningConfig(target_density=DENSITY))
+    trained(model, inputs)
+    assert any(bool(values.any()) for _, values in model.base_model.get_diff().values())
+
+
 CONTRASTIVE = ("clip", "siglip")
 
 
