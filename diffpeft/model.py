@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from diffpeft.config import FIXMASK, GATING, DiffPruningConfig
@@ -15,10 +14,9 @@ from diffpeft.files.keys import VALUES
 from diffpeft.gates.update import step as gate_update
 from diffpeft.gates.update.collect import log_alphas
 from diffpeft.gates.update.in_backward import InBackward, backward_steps, check_low_memory
-from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.sparse.elias_fano import packed_size
 from diffpeft.sparse.sharded import check_whole
-from diffpeft.tuner import combining, pruning
+from diffpeft.tuner import combining, lookup, pruning
 from diffpeft.tuner.base import DiffPruningTuner
 
 
@@ -32,23 +30,12 @@ class DiffPruningModel(DiffPruningTuner):
 
     @classmethod
     def of(cls, model: nn.Module | None) -> DiffPruningModel | None:
-        """The tuner of a model; None where there is no diff-pruning adapter.
+        """The tuner of a model, or in it; None where there is no diff-pruning adapter. ValueError where there are two.
 
         Where transformers' `model.add_adapter` or PEFT's `inject_adapter_in_model` put the adapters in, it is a view of
         the model that has the tuner's methods.
         """
-        if isinstance(model, PeftModel):
-            return model.base_model if isinstance(model.base_model, cls) else None
-        if model is None or isinstance(model, cls):
-            return model
-        layer = next((module for module in model.modules() if isinstance(module, DiffPruningLayer)), None)
-        if layer is None or not isinstance(getattr(model, "peft_config", None), dict):
-            return None
-        tuner = cls.__new__(cls)
-        nn.Module.__init__(tuner)
-        tuner.model, tuner.peft_config, tuner.active_adapter = model, model.peft_config, layer.active_adapters
-        tuner.training = model.training
-        return tuner
+        return lookup.find_tuner(cls, model)
 
     # Gating
 

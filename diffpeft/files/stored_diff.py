@@ -1,5 +1,7 @@
 """The sparse diff of one parameter as a layer holds it: decoded and checked when it is first used."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from diffpeft.files import encoding
 from diffpeft.files.encoding import CHECKSUM_BYTES, IN_MEMORY
 from diffpeft.sparse.functions import RowPattern
-from diffpeft.sparse.sharded import check_whole
+from diffpeft.sparse.sharded import check_whole, is_sharded
 
 
 class _Decoded(NamedTuple):
@@ -38,6 +40,7 @@ class StoredDiff:
         name: the parameter's name in the layer; `key` the one in the base model, `shape` its shape.
         adapter_name: the adapter, for messages.
         dtype: gives the dtype of the values in the adapter's files.
+        others: gives the diffs of the same parameter by other adapters.
     """
 
     def __init__(
@@ -50,8 +53,9 @@ class StoredDiff:
         adapter_name: str,
         shape: torch.Size,
         dtype: Callable[[], str],
+        others: Callable[[], list[StoredDiff]] = list,
     ) -> None:
-        self.key, self.shape, self._dtype = key, shape, dtype
+        self.key, self.shape, self._dtype, self._others = key, shape, dtype, others
         self._parameters, self._buffers, self._name = parameters, buffers, name
         self._label = f"{key}, adapter {adapter_name!r}"
         self._decoded: _Decoded | None = None
@@ -126,10 +130,14 @@ class StoredDiff:
         self._decoded = self._pattern = None
 
     def _decode(self) -> _Decoded:
+        self._find_original()
         packed, parameter = self.packed, self.parameter
         check_whole([parameter], f"{self._label}: the first use of a file's values")
         if packed.numel() > CHECKSUM_BYTES and not bool(packed.any()):
-            raise ValueError(f"{self._label}: its positions were never loaded; load the adapter again")
+            raise ValueError(
+                f"{self._label}: its positions were never loaded; load the adapter again, or for a reference model, of "
+                "which parameters alone were copied, pass the trainer ref_model="
+            )
         if bool(parameter.isnan().any()):
             raise ValueError(f"{self._label}: its values were never loaded or are damaged; load the adapter again")
         try:
@@ -141,6 +149,19 @@ class StoredDiff:
                 return self._note_unpacked()
         except ValueError as error:
             raise ValueError(f"{self._label}: {error}") from None
+
+    def _find_original(self) -> None:
+        """Take over the positions of the adapter whose values were copied here without them, as TRL copies parameters.
+
+        Values that are equal to the bit tell which one it was.
+        """
+        if self.packed.is_meta or self.is_filled or is_sharded(self.parameter):
+            return
+        for other in self._others():
+            same = other.count == self.count and other.is_filled and not is_sharded(other.parameter)
+            if same and torch.equal(other.values, self.parameter):
+                self._buffers._buffers[self._name] = other.packed.clone()
+                return
 
     def _decode_values(self, parameter: nn.Parameter, packed: Tensor) -> None:
         """Check the numbers of a file, and turn them into the values that they stand for."""

@@ -16,11 +16,8 @@ from diffpeft.files.keys import POSITIONS, VALUES
 from diffpeft.files.stored_diff import StoredDiff
 from diffpeft.gates import hard_concrete as gates
 from diffpeft.gates.update.held import GATING_BUFFERS, UpdateStatus
-from diffpeft.layer.initial import GATING_PARAMETERS, fixmask_tensors, gating_tensors
-from diffpeft.layer.wrapped import device_of, is_offloaded, keeping_dtype, own_shapes, quantization_backend
-
-FEATURE_NAMES = (("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"), ("nx", "nf"))
-"""Names that modules other than linear layers have for what PEFT calls `in_features` and `out_features`."""
+from diffpeft.layer.initial import GATING_PARAMETERS, check_phases, fixmask_tensors, gating_tensors
+from diffpeft.layer.wrapped import device_of, features, is_offloaded, keeping_dtype, own_shapes, quantization_backend
 
 _generations = itertools.count()
 
@@ -54,9 +51,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         self.shapes = {name: shape for name, shape in own_shapes(base_layer).items() if name not in ties}
         """Shapes of the parameters that this layer adapts, by their name in the module."""
         self.quantization_backend = quantization_backend(base_layer)  # PEFT reads it
-        for names in FEATURE_NAMES:
-            if hasattr(base_layer, names[0]):
-                self.in_features, self.out_features = (getattr(base_layer, name) for name in names)
+        self.__dict__.update(features(base_layer))
         self.quantized = self.quantization_backend is not None
         """Whether the wrapped module's weight is quantised, so that a diff cannot be added to it."""
         for name in self.all_names:
@@ -134,6 +129,11 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 container: Any = getattr(self, attribute)
                 if adapter_name in container:
                     container[adapter_name].to(target)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load what a state dict has of this module (torch's hook). ValueError for adapters of another phase."""
+        check_phases(state_dict, prefix, {name: self.is_gating(name) for name in self.configs})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         """Move or cast the wrapped module; the adapter moves along but keeps its dtypes.
@@ -259,6 +259,11 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 adapter_name=adapter_name,
                 shape=self.shapes[name],
                 dtype=lambda: self.configs[adapter_name].value_dtype,
+                others=lambda: [
+                    self.sparse(o, name)
+                    for o, own in self.diffpruning_values.items()
+                    if o != adapter_name and name in own
+                ],
             )
         return found
 
@@ -272,11 +277,8 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
 
     def tensors(self, adapter_name: str) -> dict[str, Tensor]:
         """All tensors of the adapter, by their names in the layer."""
-        return {
-            f"{attribute}.{adapter_name}.{name}": tensor
-            for attribute in self.all_names
-            for name, tensor in self.held(attribute, adapter_name).items()
-        }
+        held = {attribute: self.held(attribute, adapter_name) for attribute in self.all_names}
+        return {f"{attribute}.{adapter_name}.{n}": t for attribute, own in held.items() for n, t in own.items()}
 
     def held(self, attribute: str, adapter_name: str) -> dict[str, Any]:
         """The adapter's tensors in one attribute, by parameter name."""

@@ -90,7 +90,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         arguments = {name: getattr(self, name) for name in names}
         state: dict[str, Any] = {"args": arguments, "attributes": {"transition_step": self.transition_step}}
         if self._tuner is not None and self._rates is not None:
-            adapter = resume.checksum(self._tuner, self._tuner.active_adapters[0])
+            adapter = resume.checksum(self._tuner, self._tuner.resolve(None))
             state["saved"] = {**self._settings, "adapter": adapter, "fixmask_factor": self._rates.fixmask_factor}
         return state
 
@@ -107,8 +107,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         tuner = DiffPruningModel.of(model)
         if tuner is None:
             raise ValueError(
-                f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}); wrap it "
-                "first: model = get_peft_model(model, DiffPruningConfig())"
+                f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}) or in it; "
+                "wrap it first: model = get_peft_model(model, DiffPruningConfig())"
             )
         if isinstance(state.stateful_callbacks.get(type(self).__name__), list):
             raise ValueError("the Trainer has two DiffPruningCallbacks, which would both move the gates; give it one")
@@ -251,11 +251,11 @@ def _plain(scheduler: Any) -> Any:
 
 def _is_low_memory(tuner: DiffPruningModel) -> bool:
     """Whether the active adapter is in gating, in the low-memory mode."""
-    name = tuner.active_adapters[0]
+    name = tuner.resolve(None)
     return tuner.is_gated(name) and bool(tuner.peft_config[name].low_memory)
 
 
 def _density_progress(tuner: DiffPruningModel) -> float:
     """The share of the density's fall that is done, for the learning rate: 0 without the automatic penalty."""
-    automatic = tuner.is_gated() and tuner.peft_config[tuner.active_adapters[0]].l0_lambda == "auto"
+    automatic = tuner.is_gated() and tuner.peft_config[tuner.resolve(None)].l0_lambda == "auto"
     return tuner.density_progress() if automatic else 0.0

@@ -13,8 +13,13 @@ class DiffPruningLogCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Add `diffpruning/*` to the log entry and to its copy in `log_history`."""
-        tuner, logs = DiffPruningModel.of(kwargs.get("model")), kwargs.get("logs")
-        if tuner is None or len(tuner.active_adapters) != 1 or logs is None or "loss" not in logs:
+        logs = kwargs.get("logs")
+        try:
+            tuner = DiffPruningModel.of(kwargs.get("model"))
+            if tuner is None or logs is None or "loss" not in logs:
+                return
+            tuner.resolve(None)
+        except ValueError:  # several adapters, of which none is the one that trains
             return
         entry: dict[str, Any] = {"diffpruning/phase": tuner.phase()}
         if tuner.phase() == "gating":

@@ -20,7 +20,7 @@ from diffpeft.layer.find import layers_in, outer_modules
 from diffpeft.layer.layer import DiffPruningLayer, RootParameters
 from diffpeft.layer.output import OutputLayer
 from diffpeft.layer.wrapped import is_quantized, own_shapes
-from diffpeft.tuner import injection, saving, switching
+from diffpeft.tuner import injection, lookup, saving, switching
 
 
 class DiffPruningTuner(BaseTuner):
@@ -42,19 +42,8 @@ class DiffPruningTuner(BaseTuner):
         return [layer for layer in self.all_layers() if layer.has_adapter(adapter_name)]
 
     def resolve(self, adapter_name: str | None) -> str:
-        """The adapter's name, by default that of the active one. Raises ValueError unless there is one."""
-        if adapter_name is None:
-            if len(self.active_adapters) != 1:
-                raise ValueError(f"active adapters are {self.active_adapters}; say which one you mean by adapter_name=")
-            adapter_name = self.active_adapters[0]
-        self._check_names([adapter_name])
-        return adapter_name
-
-    def _check_names(self, names: list[str]) -> None:
-        unknown = sorted(set(names) - self.peft_config.keys())
-        if unknown:
-            listed = ", ".join(map(repr, unknown))
-            raise ValueError(f"there is no adapter {listed}; there are {sorted(self.peft_config)}")
+        """The adapter's name, by default that of the active one; see [`diffpeft.tuner.lookup.resolve`]."""
+        return lookup.resolve(self, adapter_name)
 
     def phase(self, adapter_name: str | None = None) -> str:
         """The adapter's phase: "gating" or "fixmask"."""
@@ -175,7 +164,7 @@ class DiffPruningTuner(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter or several the active ones, whose diffs add (PEFT's hook). Raises ValueError for others."""
-        self._check_names([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        lookup.check_names(self, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
         if any(layer.merged for layer in self.all_layers()):
             super().set_adapter(adapter_name, inference_mode)  # warns and unmerges
             return
@@ -192,7 +181,7 @@ class DiffPruningTuner(BaseTuner):
             ValueError: names that do not exist, or heads that cannot be active together: nothing changes then. Where
                 merging refuses, nothing is merged, and the adapters are the active ones.
         """
-        self._check_names([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        lookup.check_names(self, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
         layers = switching.activate(self.model, adapter_name, inference_mode)
         self.active_adapter = adapter_name
         try:
@@ -213,7 +202,7 @@ class DiffPruningTuner(BaseTuner):
             adapter_names: the adapters, by default the active ones.
             safe_merge: raise ValueError where the result would not be finite.
         """
-        self._check_names(adapter_names or [])
+        lookup.check_names(self, adapter_names or [])
         switching.merge(self.all_layers(), adapter_names, safe_merge)
 
     def unmerge_adapter(self) -> None:
