@@ -213,15 +213,18 @@ def test_directories_that_cannot_be_read(tiny_bert, tmp_path):
     with pytest.raises(ValueError, match=r"has no model\.safetensors; write it with from_pretrained"):
         extract_diff(tmp_path, tiny_bert())
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin'\] are pickled; convert them"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged"):
         extract_diff(tmp_path, tiny_bert())
     shards = as_directory(tiny_bert(), tmp_path / "shards", "30KB")
     next(shards.glob("*00002*")).unlink()
     with pytest.raises(ValueError, match=r"has no model-00002"):
         extract_diff(shards, tiny_bert())
-    mixtral = ARCHITECTURES["mixtral"].make()
-    with pytest.raises(ValueError, match=r"put together from several tensors .* load the model with from_pretrained"):
-        extract_diff(as_directory(mixtral, tmp_path / "mixtral"), mixtral)
+    (shards / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+        extract_diff(shards, tiny_bert())
+    (as_directory(tiny_bert(), tmp_path / "whole") / "config.json").write_text("[1")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        extract_diff(tiny_bert(), tmp_path / "whole")
 
 
 MEASURE = """
