@@ -69,7 +69,7 @@ def adapted_model(
     Args:
         directory: of the base model; of its files only config.json is read.
         adapter: the adapter's config.
-        names: parameters that it changes.
+        names: parameters that it changes; none of these is tied to another.
         heads: shapes of the tensors that replace the base's. The model has as many labels and words as these.
 
     Returns:
@@ -84,7 +84,7 @@ def adapted_model(
         if model is not None and wanted <= model.state_dict().keys():
             model = _resized(model, config, heads)
             tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-            for one in wanted & tied:
+            for one in tied.intersection(names):
                 untie(model, one)
             return model
         first = first or model

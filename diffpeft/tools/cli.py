@@ -153,7 +153,7 @@ def extract(
 def merge(adapter: Adapter, output: Path, base: Base = None, force: Force = False) -> None:
     """Write the base model with the diff merged, as a checkpoint of its own."""
     opened = OpenedAdapter(adapter, base)
-    opened.checkpoint  # noqa: B018 - downloads the base
+    opened.check_mergeable()
     opened.check_base(force)
     with _working(f"merging {adapter}") as progress:
         to_checkpoint(opened.checkpoint, opened.diff, output, opened.whole, progress)

@@ -1,11 +1,13 @@
 """A pruned adapter that is read together with the shapes of its base model, in directories or on the Hub."""
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
+from peft.tuners.tuners_utils import check_target_module_exists
 
 from diffpeft.files import fingerprint
 from diffpeft.files.adapter import read_adapter, read_config
@@ -68,7 +70,9 @@ class OpenedAdapter:
         file = self.directory / ADAPTER_FILES[1]
         stored = {one.key: one.like for one in stored_tensors(file)} if file.is_file() else {}
         whole = {name: like.shape for name, like in heads_of(stored).items()}
-        self.model = adapted_model(directory, config, config.nnz_pattern or {}, whole)
+        modules = [f"{module}." for module in config.modules_to_save or ()]
+        heads = {name for name in whole if any(module in name for module in modules)}
+        self.model = adapted_model(directory, config, {*(config.nnz_pattern or ()), *heads}, whole)
         if self.model is None:
             shapes = _match_names(self.checkpoint.parameters, config.nnz_pattern or {})
         else:
@@ -76,8 +80,7 @@ class OpenedAdapter:
                 self.checkpoint  # noqa: B018 - it unties the model where the files do
             shapes = floating_shapes(self.model)
         self.config, self.diff, self.whole = read_adapter(self.directory, shapes)
-        heads = [f"{module}." for module in config.modules_to_save or ()]
-        self.heads = {name: whole for name, whole in self.whole.items() if any(head in name for head in heads)}
+        self.heads = {name: whole for name, whole in self.whole.items() if name in heads}
         self.shapes = {name: shape for name, shape in shapes.items() if name not in self.heads}
 
     @cached_property
@@ -94,6 +97,18 @@ class OpenedAdapter:
         lost = [] if self.model is None else [name for name in told if name not in has and name not in self.whole]
         same = {name: name for name in has if name not in self.whole}
         return lost + fingerprint.differing(told, LazyTensors(self.checkpoint, same))
+
+    def check_mergeable(self) -> None:
+        """Raise ValueError where a merged diff would change another module, which has the same parameter, too."""
+        for name in self.diff:
+            for twin in self.checkpoint.aliases.get(name, ()):
+                config, module = copy.copy(self.config), twin.rpartition(".")[0]
+                config.target_modules = config.target_modules or [module.rpartition(".")[2]]
+                if twin != name and not check_target_module_exists(config, module):
+                    raise ValueError(
+                        f"{name} is also {twin}, which the adapter {self.name} leaves alone: merging changes both; "
+                        "use it unmerged, or on a base where they are two tensors"
+                    )
 
     def check_base(self, force: bool) -> None:
         """Raise ValueError where [`differing_base`] finds something, unless `force`."""

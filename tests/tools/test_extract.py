@@ -227,6 +227,29 @@ def test_directories_that_cannot_be_read(tiny_bert, tmp_path):
         extract_diff(tiny_bert(), tmp_path / "whole")
 
 
+def test_output_layers_that_are_tied_in_one_of_the_two_models(tmp_path):
+    """transformers goes by the tensors, whatever the config says of them. Tried too: models in memory, as directories.
+
+    A base that ties what the fine-tuned model does not can hold no diff of both; the other way round it has two.
+    """
+    tied, untied = (as_directory(ARCHITECTURES[name].make(), tmp_path / name) for name in ("llama_tied", "llama"))
+    config = json.loads((untied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    for base, new in ((tied, untied), (ARCHITECTURES["llama_tied"].make(), ARCHITECTURES["llama"].make())):
+        with pytest.raises(ValueError, match=r"lm_head\.weight'\] differ in .* and are one tensor in"):
+            extract_diff(base, new, 0.5, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    for number, base, new in (
+        (0, untied, tied),
+        (1, ARCHITECTURES["llama"].make(), ARCHITECTURES["llama_tied"].make()),
+    ):
+        extract_diff(base, new, 1.0, tmp_path / f"adapter{number}", task_type="CAUSAL_LM")
+        loaded = PeftModel.from_pretrained(ARCHITECTURES["llama"].make(), tmp_path / f"adapter{number}")
+        merged = loaded.merge_and_unload().state_dict()
+        wanted = ARCHITECTURES["llama_tied"].make().state_dict()
+        assert all(torch.allclose(merged[name], tensor, rtol=0, atol=1e-6) for name, tensor in wanted.items())
+
+
 MEASURE = """
 import resource, sys, time
 from torch import nn

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_utils import str_to_torch_dtype
 
+from diffpeft.files.atomic import making
 from diffpeft.files.checkpoint import WEIGHT_FILES, Checkpoint, StoredTensor, Unit, open_checkpoint
 from diffpeft.files.skeleton import adapted_model
 from diffpeft.sparse.diff import Diff, check_diff
@@ -105,19 +106,20 @@ def to_checkpoint(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already; choose another output or empty it first")
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        if isinstance(base, (str, os.PathLike)):
-            shapes = {name: head.shape for name, head in heads.items()}
-            base = open_checkpoint(base, adapted_model(Path(base), names=diff, heads=shapes))
-        if isinstance(base, Checkpoint):
-            _write_files(base, diff, scratch, heads, progress or (lambda share: None))
-        else:
-            _write_model(base, diff, scratch, heads)
-        if target.exists():
-            target.rmdir()
-        scratch.rename(target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    if isinstance(base, (str, os.PathLike)):
+        shapes = {name: head.shape for name, head in heads.items()}
+        base = open_checkpoint(base, adapted_model(Path(base), names=[*diff, *heads], heads=shapes))
+    with making(target.parent), making(scratch):
+        try:
+            if isinstance(base, Checkpoint):
+                _write_files(base, diff, scratch, heads, progress or (lambda share: None))
+            else:
+                _write_model(base, diff, scratch, heads)
+            if target.exists():
+                target.rmdir()
+            scratch.rename(target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _check(diff: Diff, heads: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
@@ -137,7 +139,7 @@ def _write_files(
     shapes |= {} if model is None else {name: tensor.shape for name, tensor in model.state_dict().items()}
     _check(diff, heads, shapes)
     # The contents alone: a cache's files may be links, and read-only.
-    shutil.copytree(directory, scratch, ignore=_old_weights, copy_function=shutil.copyfile)
+    shutil.copytree(directory, scratch, ignore=_old_weights, copy_function=shutil.copyfile, dirs_exist_ok=True)
     units = list({id(unit): unit for unit in checkpoint.units.values()}.values())
     last = units[-1].sources[0][2]
     for name in (name for name in heads if not checkpoint.units_of(name)):
