@@ -108,7 +108,7 @@ def read_adapter(
         if shapes is None:
             heads = {name: head.shape for name, head in keys.heads_of(tensors).items()}
             model = adapted_model(Path(base), config, config.nnz_pattern, heads)
-            shapes = parameter_shapes(base) if model is None else floating_shapes(model)
+            shapes = parameter_shapes(base) if model is None else floating_shapes(model, config.nnz_pattern)
         decoded = verify(tensors, config, shapes)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

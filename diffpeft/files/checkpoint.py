@@ -104,9 +104,13 @@ class Checkpoint:
             self.units = {key: Unit(key, None, model, [(key, key, one)]) for key, one in stored.items()}
         else:
             self.units = _units(stored, model)
-            for pair in model.all_tied_weights_keys.items():
-                both = [self.units[name].convert()[name] for name in pair if name in self.units]
-                if len(both) == 2 and not torch.equal(*both):
+            for pair in list(model.all_tied_weights_keys.items()):
+                there = [name for name in pair if name in self.units]
+                if model.get_parameter(pair[0]) is not model.get_parameter(pair[1]):
+                    for name in set(pair).difference(there) if there else ():  # untied: begins as the other
+                        sources = [(name, name, stored) for *_, stored in self.units[there[0]].sources[:1]]
+                        self.units[name] = Unit(name, None, model, sources)
+                elif len(there) == 2 and not torch.equal(*(self.units[name].convert()[name] for name in pair)):
                     untie(model, pair[0])
         likes = {name: unit.convert(attrgetter("like"))[name] for name, unit in self.units.items()}
         floating = {name: like.shape for name, like in likes.items() if like.is_floating_point()}
@@ -212,7 +216,7 @@ def open_as(source: Source, kind: type[PreTrainedModel] | None) -> Checkpoint:
     if isinstance(source, (str, os.PathLike)):
         config = model_config(Path(source))
     fits = kind is not None and config is not None and type(source) is not kind
-    return open_checkpoint(source, skeleton(config, kind.__name__) if fits and kind is not None else None)
+    return open_checkpoint(source, skeleton(config, kind) if fits else None)
 
 
 def parameter_shapes(source: Source) -> dict[str, torch.Size]:

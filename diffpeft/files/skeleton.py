@@ -39,20 +39,17 @@ def check_unquantized(label: str, quantization: object) -> None:
         raise ValueError(f"{label} is quantised, and differences of quantised weights mean nothing; use it unquantised")
 
 
-def skeleton(config: PreTrainedConfig, name: str) -> PreTrainedModel | None:
-    """The model of a class of transformers, without weights; None where the class is not made of such a config."""
-    kind: Any = getattr(transformers, name, None)
-    if kind is None:
-        return None
+def skeleton(config: Any, kind: Any) -> PreTrainedModel | None:
+    """The model of a class, or of an auto class, without weights; None where it is not made of such a config."""
     config = copy.deepcopy(config)
     with torch.device("meta"):
-        if not name.startswith("Auto"):
-            return kind(config) if isinstance(config, kind.config_class) else None
+        if isinstance(config, getattr(kind, "config_class", ())):
+            model: PreTrainedModel | None = kind(config)
+            return model
         try:
-            model: PreTrainedModel = kind.from_config(config)
-        except ValueError:  # no such class for this kind of model
+            return kind.from_config(config) if hasattr(kind, "from_config") else None
+        except ValueError:  # an auto class without one for this kind of model
             return None
-    return model
 
 
 def adapted_model(
@@ -69,7 +66,7 @@ def adapted_model(
     Args:
         directory: of the base model; of its files only config.json is read.
         adapter: the adapter's config.
-        names: parameters that it changes; none of these is tied to another.
+        names: parameters that its diff changes, tied ones under one name.
         heads: shapes of the tensors that replace the base's. The model has as many labels and words as these.
 
     Returns:
@@ -78,25 +75,33 @@ def adapted_model(
     config, heads = model_config(directory), heads or {}
     if config is None:
         return None
-    wanted, first = {*names, *heads}, None
-    for name in _class_names(config, adapter):
-        model = skeleton(config, name)
+    wanted, whole, first = {*names, *heads}, {*true_heads(heads, adapter)}, None
+    for kind in _classes(config, adapter):
+        model = skeleton(config, kind)
         if model is not None and wanted <= model.state_dict().keys():
             model = _resized(model, config, heads)
-            tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-            for one in tied.intersection(names):
-                untie(model, one)
+            for target, source in list(model.all_tied_weights_keys.items()):
+                pair = {target, source}
+                if pair & whole or pair <= {*names}:  # a head of its own, or a diff of either
+                    untie(model, target)
             return model
         first = first or model
     return first
 
 
-def _class_names(config: PreTrainedConfig, adapter: PeftConfig | None) -> Iterator[str]:
-    told = getattr(adapter, "auto_mapping", None) or {}
+def true_heads(names: Iterable[str], adapter: PeftConfig | None) -> list[str]:
+    """Those of the tensors that a file has whole which are trained; the others are PEFT's copies of embeddings."""
+    modules = None if adapter is None else adapter.modules_to_save or ()
+    return [name for name in names if modules is None or any(f"{module}." in name for module in modules)]
+
+
+def _classes(config: PreTrainedConfig, adapter: PeftConfig | None) -> Iterator[Any]:
+    told = (getattr(adapter, "auto_mapping", None) or {}).get("base_model_class")
     task = AUTO_CLASS_SUFFIXES.get(str(getattr(adapter, "task_type", None)))
-    tasks = [f"AutoModel{suffix}" for suffix in ([task] if task else []) + [*AUTO_CLASS_SUFFIXES.values()]]
-    yield from dict.fromkeys([told.get("base_model_class", ""), *tasks[: bool(task)], *(config.architectures or [])])
-    yield from ("AutoModel", *tasks)
+    names = [told, f"AutoModel{task}", *(config.architectures or []), "AutoModel"]
+    names += [f"AutoModel{suffix}" for suffix in AUTO_CLASS_SUFFIXES.values()]
+    found = (getattr(transformers, str(name), None) for name in dict.fromkeys(names))
+    return (kind for kind in found if kind is not None)
 
 
 def _resized(model: PreTrainedModel, config: PreTrainedConfig, heads: Mapping[str, torch.Size]) -> PreTrainedModel:
@@ -109,7 +114,7 @@ def _resized(model: PreTrainedModel, config: PreTrainedConfig, heads: Mapping[st
         text.vocab_size = sizes[text.vocab_size]
     if config.num_labels in sizes:
         config.num_labels = sizes[config.num_labels]
-    return (sizes and skeleton(config, type(model).__name__)) or model
+    return (sizes and skeleton(config, type(model))) or model
 
 
 def untie(model: PreTrainedModel, name: str) -> None:
@@ -117,10 +122,13 @@ def untie(model: PreTrainedModel, name: str) -> None:
     path, _, own = name.rpartition(".")
     module, parameter = model.get_submodule(path), model.get_parameter(name)
     setattr(module, own, nn.Parameter(torch.empty_like(parameter), requires_grad=False))
-    if module is model.get_output_embeddings():
+    if module in (model.get_output_embeddings(), model.get_input_embeddings()):
         model.config.tie_word_embeddings = False  # as PEFT notes it when it merges
 
 
-def floating_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Shapes of a model's floating parameters by name, tied ones once."""
-    return {name: parameter.shape for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+def floating_shapes(model: nn.Module, preferred: Iterable[str] = ()) -> dict[str, torch.Size]:
+    """Shapes of a model's floating parameters by name, tied ones once, under their `preferred` name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = {id(parameter): name for name, parameter in reversed(parameters.items())}
+    names |= {id(parameters[name]): name for name in preferred if name in parameters}
+    return {names[id(p)]: p.shape for p in model.parameters() if p.is_floating_point()}

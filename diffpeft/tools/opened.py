@@ -13,7 +13,7 @@ from diffpeft.files import fingerprint
 from diffpeft.files.adapter import read_adapter, read_config
 from diffpeft.files.checkpoint import Checkpoint, LazyTensors, open_checkpoint, stored_tensors
 from diffpeft.files.keys import heads_of
-from diffpeft.files.skeleton import adapted_model, floating_shapes
+from diffpeft.files.skeleton import adapted_model, floating_shapes, true_heads
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 CONFIG_FILES = ("config.json",)
@@ -70,17 +70,15 @@ class OpenedAdapter:
         file = self.directory / ADAPTER_FILES[1]
         stored = {one.key: one.like for one in stored_tensors(file)} if file.is_file() else {}
         whole = {name: like.shape for name, like in heads_of(stored).items()}
-        modules = [f"{module}." for module in config.modules_to_save or ()]
-        heads = {name for name in whole if any(module in name for module in modules)}
-        self.model = adapted_model(directory, config, {*(config.nnz_pattern or ()), *heads}, whole)
+        self.model = adapted_model(directory, config, config.nnz_pattern or {}, whole)
         if self.model is None:
             shapes = _match_names(self.checkpoint.parameters, config.nnz_pattern or {})
         else:
             if Path(self.base).is_dir():
                 self.checkpoint  # noqa: B018 - it unties the model where the files do
-            shapes = floating_shapes(self.model)
+            shapes = floating_shapes(self.model, config.nnz_pattern or {})
         self.config, self.diff, self.whole = read_adapter(self.directory, shapes)
-        self.heads = {name: whole for name, whole in self.whole.items() if name in heads}
+        self.heads = {name: self.whole[name] for name in true_heads(self.whole, config)}
         self.shapes = {name: shape for name, shape in shapes.items() if name not in self.heads}
 
     @cached_property

@@ -108,7 +108,7 @@ def to_checkpoint(
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     if isinstance(base, (str, os.PathLike)):
         shapes = {name: head.shape for name, head in heads.items()}
-        base = open_checkpoint(base, adapted_model(Path(base), names=[*diff, *heads], heads=shapes))
+        base = open_checkpoint(base, adapted_model(Path(base), names=diff, heads=shapes))
     with making(target.parent), making(scratch):
         try:
             if isinstance(base, Checkpoint):
