@@ -22,12 +22,7 @@ from diffpeft.files.skeleton import adapted_model, check_unquantized, model_conf
 Source: TypeAlias = "PreTrainedModel | str | os.PathLike[str]"
 """A model in memory, or its directory."""
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = [f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
 """The first of these that is there has a directory's weights, or names the files that have them."""
 STATISTICS_SUFFIXES = ("running_mean", "running_var", "num_batches_tracked")
 

@@ -86,16 +86,6 @@ class OpenedAdapter:
         """The base model's tensors; those on the Hub are downloaded."""
         return open_checkpoint(fetch_model(self.base, self._revision), self.model)
 
-    def differing_base(self) -> list[str]:
-        """Parameters of the base model that are not those that the diff was made from; downloads none."""
-        told = self.config.base_fingerprint or {}
-        if "checkpoint" not in self.__dict__ and not Path(self.base).is_dir():
-            return []
-        has = {name: name for name in told if self.checkpoint.units_of(name)}
-        lost = [] if self.model is None else [name for name in told if name not in has and name not in self.whole]
-        same = {name: name for name in has if name not in self.whole}
-        return lost + fingerprint.differing(told, LazyTensors(self.checkpoint, same))
-
     def check_mergeable(self) -> None:
         """Raise ValueError where a merged diff would change another module, which has the same parameter, too."""
         for name in self.diff:
@@ -108,13 +98,18 @@ class OpenedAdapter:
                         "use it unmerged, or on a base where they are two tensors"
                     )
 
-    def check_base(self, force: bool) -> None:
-        """Raise ValueError where [`differing_base`] finds something, unless `force`."""
-        other = [] if force else self.differing_base()
+    def check_base(self) -> None:
+        """Raise ValueError for a base model of other weights than the diff was made from; downloads none."""
+        if "checkpoint" not in self.__dict__ and not Path(self.base).is_dir():
+            return
+        told = [name for name in self.config.base_fingerprint or {} if name not in self.whole]
+        here = {name: name for name in told if self.checkpoint.units_of(name)}
+        other = [] if self.model is None else [name for name in told if name not in here]
+        other += fingerprint.differing(self.config.base_fingerprint or {}, LazyTensors(self.checkpoint, here))
         if other:
             raise ValueError(
-                f"{self.name} was made from other weights than {self.base}: {len(other)} parameters differ, "
-                f"{other[:3]}; give its own base with --base, or go on with --force"
+                f"{self.name} was made from other weights than {self.base}: {len(other)} parameters differ or "
+                f"are not there, {other[:3]}; give its own base with --base, or go on with --force"
             )
 
 

@@ -1,6 +1,8 @@
 """The command line on base models as they lie on disk: it finds what `from_pretrained` finds.
 
 For each layout `diffpeft merge` gives the tensors of `merge_and_unload()` and a directory that `from_pretrained` loads.
+Tried too, once: all of `ARCHITECTURES`, whose merged files have the keys and the bits of `save_pretrained`; T5 with all
+its ties on disk, equal and not; the names that transformers 4 gave to the parts of Llava and Qwen2-VL.
 """
 
 import json
@@ -18,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertForMaskedLM,
     BertForPreTraining,
     LlavaForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
 )
 from typer.testing import CliRunner
 
+from diffpeft.files.adapter import read_adapter, read_config
 from diffpeft.tools import cli
 
 transformers.utils.logging.disable_progress_bar()
@@ -213,6 +217,7 @@ def test_every_command_finds_what_from_pretrained_finds(name, tmp_path):
     assert loaded.config.num_labels == expected.config.num_labels
     assert (merged / "tokenizer.json").exists()
     run("verify", adapter)
+    assert read_adapter(adapter)[1].keys() == read_config(adapter).nnz_pattern.keys()
     assert "adapter" in run("inspect", adapter)
     run("export", adapter, tmp_path / "coo", "--to", "coo")
     if name != "gpt2_without_prefix":  # which has no nn.Linear
@@ -222,3 +227,23 @@ def test_every_command_finds_what_from_pretrained_finds(name, tmp_path):
     run("extract", base, merged, again, "--density", 0.5, *task_type)
     extracted = PeftModel.from_pretrained(layout.load(base), again).merge_and_unload()
     torch.testing.assert_close(logits(extracted, inputs), logits(expected, inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_that_the_base_lacks_are_told(tmp_path):
+    """from_pretrained draws them at random, so that no merged model could be the one that was trained."""
+    BertForMaskedLM(ARCHITECTURES["bert"].make().config).save_pretrained(tmp_path / "base")
+    adapter_of(_classifier(tmp_path / "base"), task_type="SEQ_CLS").save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"differ or are not there, \['bert\.pooler\.dense"):
+        run("merge", tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"lacks 2 parameters of BertForSequenceClassification, \['bert\.pooler"):
+        run("merge", tmp_path / "adapter", tmp_path / "out", "--force")
+
+
+def test_weights_of_further_modules_of_a_sentence_transformer_are_copied(tmp_path):
+    _bare_encoder(tmp_path / "base")
+    for folder in ("2_Dense", "onnx"):
+        (tmp_path / "base" / folder).mkdir()
+        save_file({"x": torch.ones(2)}, tmp_path / "base" / folder / WEIGHTS)
+    adapter_of(_classifier(tmp_path / "base"), task_type="SEQ_CLS").save_pretrained(tmp_path / "adapter")
+    run("merge", tmp_path / "adapter", tmp_path / "out")
+    assert {file.parent.name for file in (tmp_path / "out").rglob("*.safetensors")} == {"out", "2_Dense"}
