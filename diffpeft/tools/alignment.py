@@ -63,11 +63,8 @@ def _align(old: Checkpoint, new: Checkpoint) -> dict[str, str]:
     """The base's name of each parameter of the fine-tuned model that it has, with the backbone's prefix added, removed
     or neither, whichever finds the most. Raises ValueError where that is less than half."""
     available = old.parameters.keys() | old.tied.keys() | old.others.keys()
-    prefixes = {prefix for prefix in (old.backbone, new.backbone) if prefix is not None}
-    prefixes = prefixes or {name.partition(".")[0] for name in (*available, *new.parameters)}
     best = {name: name for name in new.parameters if name in available}
-    for prefix in sorted(prefixes):
-        dot = f"{prefix}."
+    for dot in sorted({f"{name.partition('.')[0]}." for name in (*available, *new.parameters)}):
         more = {name: dot + name for name in new.parameters if dot + name in available}
         less = {dot + name: name for name in available if dot + name in new.parameters}
         best = max(best, more, less, key=len)

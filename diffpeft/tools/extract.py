@@ -195,8 +195,6 @@ def _largest(differences: _Differences, k: int) -> Diff:
 
 
 def _differing_buffers(old: Checkpoint, new: Checkpoint, modules: list[str]) -> Iterator[str]:
-    dot = f"{old.backbone or new.backbone}."
-    for name in (name for name in new.others if not inside(name, modules)):
-        candidates = [one for one in (name, name.removeprefix(dot), dot + name) if one in old.others]
-        if candidates and not torch.equal(old.load(candidates[0]), new.load(name)):
+    for name in (name for name in new.others if name in old.others and not inside(name, modules)):
+        if not torch.equal(old.load(name), new.load(name)):
             yield name
