@@ -82,7 +82,7 @@ class Checkpoint:
     """The tensors of a model by their names in it.
 
     Attributes:
-        label: the model's name in messages.
+        label: the model's name in messages; its path where it is a directory.
         model: the model, in memory or without weights; None for no class of transformers: names are the files' then.
         units: the files' tensors that the model uses, by each of the names.
         parameters: shapes of the floating parameters, tied ones once.
@@ -99,9 +99,10 @@ class Checkpoint:
             self.units = {key: Unit(key, None, model, [(key, key, one)]) for key, one in stored.items()}
         else:
             self.units = _units(stored, model)
-            for pair in list(model.all_tied_weights_keys.items()):
+            own_parameters = dict(model.named_parameters(remove_duplicate=False))
+            for pair in [pair for pair in model.all_tied_weights_keys.items() if set(pair) <= own_parameters.keys()]:
                 there = [name for name in pair if name in self.units]
-                if model.get_parameter(pair[0]) is not model.get_parameter(pair[1]):
+                if own_parameters[pair[0]] is not own_parameters[pair[1]]:
                     for name in set(pair).difference(there) if there else ():  # untied: begins as the other
                         sources = [(name, name, stored) for *_, stored in self.units[there[0]].sources[:1]]
                         self.units[name] = Unit(name, None, model, sources)

@@ -80,9 +80,8 @@ def adapted_model(
         model = skeleton(config, kind)
         if model is not None and wanted <= model.state_dict().keys():
             model = _resized(model, config, heads)
-            for target, source in list(model.all_tied_weights_keys.items()):
-                pair = {target, source}
-                if pair & whole or pair <= {*names}:  # a head of its own, or a diff of either
+            for target, source in model.all_tied_weights_keys.items():
+                if {target, source} & whole or {target, source} <= {*names}:  # a head of its own, or a diff of either
                     untie(model, target)
             return model
         first = first or model
