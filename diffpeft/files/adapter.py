@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffpeft.files import keys
-from diffpeft.files.atomic import replace_config, stage_weights
+from diffpeft.files.atomic import making, replace_config, stage_weights
 from diffpeft.files.checkpoint import parameter_shapes
 from diffpeft.files.encoding import (
     VALUE_DTYPES,
@@ -29,6 +29,7 @@ from diffpeft.files.encoding import (
     has_checksum,
     unpack,
 )
+from diffpeft.files.skeleton import adapted_model, floating_shapes
 from diffpeft.sparse.diff import Diff, check_diff, count_nonzeros
 
 
@@ -82,8 +83,9 @@ def write_adapter(
     config.nnz_pattern = {name: count for name, count in count_nonzeros(diff).items() if count}
     config.heads_checksum = config.diff_checksum = None
     verify(tensors, config, shapes)
-    config.heads_checksum, config.diff_checksum = stage_weights(Path(directory), tensors)
-    replace_config(Path(directory), json.dumps(config.to_dict(), indent=2, sort_keys=True))
+    with making(Path(directory)):
+        config.heads_checksum, config.diff_checksum = stage_weights(Path(directory), tensors)
+        replace_config(Path(directory), json.dumps(config.to_dict(), indent=2, sort_keys=True))
 
 
 def read_adapter(
@@ -113,7 +115,11 @@ def read_adapter(
         base = config.base_model_name_or_path
         if shapes is None and (base is None or not Path(base).is_dir()):
             raise ValueError(f"the base model {base!r} is no directory here; pass shapes=, by which positions decode")
-        decoded = verify(tensors, config, parameter_shapes(base) if shapes is None else shapes)
+        if shapes is None:
+            heads = {name: head.shape for name, head in keys.heads_of(tensors).items()}
+            model = adapted_model(Path(base), config, config.nnz_pattern, heads)
+            shapes = parameter_shapes(base) if model is None else floating_shapes(model, config.nnz_pattern)
+        decoded = verify(tensors, config, shapes)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return config, decoded.diff, decoded.heads

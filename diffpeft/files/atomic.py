@@ -5,10 +5,12 @@ config stands there without new weights: [`pending_config`] finds it for readers
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,6 +18,20 @@ from diffpeft.files.encoding import Checksums, checksums_of
 
 _staged: dict[Path, Checksums] = {}
 """Checksums of the weights that this process has staged, by the directory whose config is still to come."""
+
+
+@contextmanager
+def making(directory: Path) -> Iterator[None]:
+    """Make a directory for what a block writes, and remove it where the block fails, unless it holds something."""
+    new = [one for one in (directory, *directory.parents) if not one.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for one in new:
+            with suppress(OSError):
+                one.rmdir()
+        raise
 
 
 def staged_checksums(directory: Path) -> Checksums | None:
@@ -69,7 +85,11 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, 
     """Write a safetensors file with the permissions of any new file; safetensors alone makes it private (0600)."""
     path.touch()
     mode = path.stat().st_mode
-    save_file(tensors, path, metadata=dict(metadata))
+    try:
+        save_file(tensors, path, metadata=dict(metadata))
+    except SafetensorError as error:
+        path.unlink()
+        raise OSError(f"{path} could not be written ({error}); is there room on the disk?") from None
     path.chmod(mode)
 
 

@@ -29,14 +29,29 @@ def align_models(old: Checkpoint, new: Checkpoint, exclude: Sequence[str] | str)
 
     Raises ValueError where [`extract_diff`] does, of which this is the first step.
     """
+    # What is one tensor there and two in the base has two diffs.
+    new.parameters.update({n: s for n, s in new.tied.items() if _is_apart(n, old, new)})
     names = _align(old, new)
     modules = _whole_modules(old, new, names)
     body = [name for name in new.parameters if not inside(name, modules)]
     left_out = _excluded(owners(body), exclude)
     compared = {name: names[name] for name in body if name.rpartition(".")[0] not in left_out}
+    for group in [old.aliases[name] for name in old.parameters if len(old.aliases[name]) > 1]:
+        twins = [name for name, its_name in compared.items() if its_name in group]
+        if len(twins) > 1:
+            raise ValueError(
+                f"{twins} differ in {new.label} and are one tensor in {old.label}, so no adapter of that base holds "
+                "both; save the base with a copy of it under each name and tie_word_embeddings=False, and use that"
+            )
     total = sum(new.parameters[name].numel() for name in body)
     used = set(names.values())
-    return Alignment(old, new, modules, compared, total, [name for name in old.parameters if name not in used])
+    only_in_old = [name for name in (*old.parameters, *old.unused) if name not in used]
+    return Alignment(old, new, modules, compared, total, only_in_old)
+
+
+def _is_apart(name: str, old: Checkpoint, new: Checkpoint) -> bool:
+    """Whether the old model has a tensor of its own for a tied parameter of the new one."""
+    return name in old.parameters and not any(one in new.parameters for one in old.aliases[name])
 
 
 def inside(name: str, modules: Sequence[str]) -> bool:
@@ -48,11 +63,8 @@ def _align(old: Checkpoint, new: Checkpoint) -> dict[str, str]:
     """The base's name of each parameter of the fine-tuned model that it has, with the backbone's prefix added, removed
     or neither, whichever finds the most. Raises ValueError where that is less than half."""
     available = old.parameters.keys() | old.tied.keys() | old.others.keys()
-    prefixes = {prefix for prefix in (old.backbone, new.backbone) if prefix is not None}
-    prefixes = prefixes or {name.partition(".")[0] for name in (*available, *new.parameters)}
     best = {name: name for name in new.parameters if name in available}
-    for prefix in sorted(prefixes):
-        dot = f"{prefix}."
+    for dot in sorted({f"{name.partition('.')[0]}." for name in (*available, *new.parameters)}):
         more = {name: dot + name for name in new.parameters if dot + name in available}
         less = {dot + name: name for name in available if dot + name in new.parameters}
         best = max(best, more, less, key=len)

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from diffpeft.files.adapter import write_adapter
-from diffpeft.files.checkpoint import skeleton_of
 from diffpeft.files.encoding import stored_size
 from diffpeft.files.keys import owners
 from diffpeft.sparse.combine import combine as combine_diffs
@@ -22,16 +23,18 @@ from diffpeft.tools.export.checkpoint import to_checkpoint
 from diffpeft.tools.export.coo import to_coo
 from diffpeft.tools.export.peft import to_super_tuning
 from diffpeft.tools.extract import extract_diff
-from diffpeft.tools.opened import ADAPTER_FILES, CONFIG_FILES, MODEL_FILES, OpenedAdapter, fetch
+from diffpeft.tools.opened import ADAPTER_FILES, OpenedAdapter, fetch_model
 from diffpeft.tools.plots import draw
 from diffpeft.tuner.combining import common_targets
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at diffs, and make others from them.")
-# A pipe has no width; names must not be cut there.
-console, problems = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
+# A pipe has no width; names must not be cut there, nor brackets and colons in them be taken for markup.
+console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False)
+problems = Console(stderr=True, markup=False, emoji=False)
 
 Base = Annotated[str | None, typer.Option("--base", help="A directory or on the Hub; default: what the config names.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on though the base has other weights than the diff's own.")]
 Adapters = Annotated[list[str], typer.Argument(help="Pruned adapters: directories, or on the Hub.")]
 Adapter = Annotated[str, typer.Argument(help="A pruned adapter: a directory, or on the Hub.")]
 
@@ -39,8 +42,8 @@ Adapter = Annotated[str, typer.Argument(help="A pruned adapter: a directory, or 
 @contextmanager
 def _working(text: str) -> Iterator[Callable[[float], None]]:
     """Show a progress bar. Gives a function that takes the share of the work that is done."""
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=problems, transient=True) as progress:
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()
+    with Progress(*columns, TimeElapsedColumn(), console=problems, transient=True) as progress:
         task = progress.add_task(text, total=1.0)
         yield lambda share: progress.update(task, completed=share)
 
@@ -58,6 +61,13 @@ def _show(rows: list[dict[str, Any]], title: str, as_json: bool, total: dict[str
         table.add_section()
         table.add_row(*map(_cell, total.values()), style="bold")
     console.print(table)
+
+
+def _open(adapter: str, base: str | None, force: bool = False) -> OpenedAdapter:
+    opened = OpenedAdapter(adapter, base)
+    if not force:
+        opened.check_base()
+    return opened
 
 
 def _cell(value: Any) -> str:
@@ -99,12 +109,9 @@ def verify(adapters: Adapters, base: Base = None, as_json: AsJSON = False) -> No
     rows = []
     for directory in adapters:
         try:
-            opened = OpenedAdapter(directory, base)
-            other = opened.differing_base()
+            opened = _open(directory, base)
             verdict = f"{sum(count_nonzeros(opened.diff).values())} nonzeros, whole"
-            if other:
-                verdict = f"made from other weights than {opened.base}: {len(other)} parameters differ, {other[:3]}"
-            rows.append({"adapter": directory, "whole": not other, "found": verdict})
+            rows.append({"adapter": directory, "whole": True, "found": verdict})
         except (ValueError, OSError) as error:
             rows.append({"adapter": directory, "whole": False, "found": str(error)})
     _show(rows, "", as_json)
@@ -134,7 +141,7 @@ def extract(
     value_dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or int8.")] = "float32",
 ) -> None:
     """Turn a fully fine-tuned checkpoint into an adapter, tensor by tensor."""
-    old, new = fetch(base, MODEL_FILES), fetch(finetuned, MODEL_FILES)
+    old, new = fetch_model(base), fetch_model(finetuned)
     named = None if Path(base).is_dir() else base
     with _working(f"extracting {finetuned}") as progress:
         found = extract_diff(
@@ -147,12 +154,14 @@ def extract(
 
 
 @app.command()
-def merge(adapter: Adapter, output: Path, base: Base = None) -> None:
+def merge(adapter: Adapter, output: Path, base: Base = None, force: Force = False) -> None:
     """Write the base model with the diff merged, as a checkpoint of its own."""
     opened = OpenedAdapter(adapter, base)
-    directory = fetch(opened.base, MODEL_FILES)
+    opened.check_mergeable()
+    if not force:
+        opened.check_base()
     with _working(f"merging {adapter}") as progress:
-        to_checkpoint(directory, opened.diff, output, opened.heads or None, progress)
+        to_checkpoint(opened.checkpoint, opened.diff, output, opened.whole, progress)
     console.print(f"wrote {output}")
 
 
@@ -163,18 +172,18 @@ def export(
     to: Annotated[str, typer.Option(help="super-tuning, which PEFT loads without diffpeft, or coo.")],
     base: Base = None,
     leave_out: Annotated[bool, typer.Option(help="Leave out what the format cannot hold.")] = False,
+    force: Force = False,
 ) -> None:
     """Write the diff in another format."""
-    opened = OpenedAdapter(adapter, base)
+    opened = _open(adapter, base, force)
     if to == "coo":
         to_coo(opened.diff, opened.shapes, output)
     elif to == "super-tuning":
-        model = skeleton_of(fetch(opened.base, CONFIG_FILES))
-        if model is None:
+        if opened.model is None:
             raise ValueError(f"{opened.base} does not tell its model's class, which says where its linear layers are")
         config, whole = opened.config, {"heads": opened.heads, "modules_to_save": opened.config.modules_to_save}
         names = config.base_model_name_or_path, config.task_type
-        found = to_super_tuning(opened.diff, model, output, *names, leave_out, **whole)
+        found = to_super_tuning(opened.diff, opened.model, output, *names, leave_out, **whole)
         console.print(f"{found.nonzeros:,} nonzeros, {found.padding:,} zeros of padding, left out: {found.left_out}")
     else:
         raise ValueError(f"--to {to} is not known; use super-tuning or coo")
@@ -192,13 +201,16 @@ def combine(
     target_density: Annotated[float | None, typer.Option(help="Nonzeros of the result at most, as a share.")] = None,
     heads_from: Annotated[str | None, typer.Option(help="Whose heads to take, if several have some.")] = None,
     base: Base = None,
+    force: Force = False,
 ) -> None:
     """Make one adapter of several."""
-    opened = [OpenedAdapter(adapter, base) for adapter in adapters]
-    with_heads = [one for one in opened if one.heads]
-    chosen = [one for one in with_heads if one.name == heads_from] if heads_from else with_heads
-    if len(with_heads) > 1 and len(chosen) != 1:
-        raise ValueError(f"{[one.name for one in with_heads]} have heads, which cannot be summed; use --heads-from")
+    opened = [_open(adapter, base, force) for adapter in adapters]
+    with_heads = {one.directory.resolve(): one for one in opened if one.heads}
+    place = Path(heads_from).resolve() if heads_from else None
+    chosen = [one for key, one in with_heads.items() if heads_from in (None, one.name) or place == key]
+    if len(chosen) != 1 and (with_heads or heads_from):
+        names = [one.name for one in with_heads.values()]
+        raise ValueError(f"heads are in {names} and cannot be summed; use --heads-from with one of these")
     shapes = {name: shape for one in opened for name, shape in one.shapes.items()}
     total = sum(shape.numel() for shape in shapes.values())
     budget = max(1, round(target_density * total)) if target_density is not None else None
@@ -210,7 +222,12 @@ def combine(
     for field, value in common_targets([one.config for one in opened], owners(merged)).items():
         setattr(config, field, value)
     wrapped = owners(shapes if config.target_modules is None else merged)
-    write_adapter(output, config, merged, shapes, source.heads or None, wrapped)
+    copies = {name: copy for one in opened for name, copy in one.whole.items() if name not in one.heads}
+    if any(
+        not torch.equal(copies[name], one.whole[name]) for one in opened for name in copies.keys() & one.whole.keys()
+    ):
+        raise ValueError(f"the adapters bring different {sorted(copies)}; combine adapters of one vocabulary")
+    write_adapter(output, config, merged, shapes, {**copies, **source.heads}, wrapped)
     console.print(f"{sum(count_nonzeros(merged).values()):,} nonzeros in {output}")
 
 
@@ -219,5 +236,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError) as error:
-        problems.print(f"[red]error:[/red] {error}", highlight=False)
+        problems.print(Text.assemble(("error:", "red"), f" {error}"), soft_wrap=True)
         sys.exit(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffpeft.config import DiffPruningConfig, check_density
 from diffpeft.files import fingerprint
 from diffpeft.files.adapter import write_adapter
-from diffpeft.files.checkpoint import Checkpoint, LazyTensors, Source, open_checkpoint
+from diffpeft.files.checkpoint import Checkpoint, LazyTensors, Source, open_as, open_checkpoint
 from diffpeft.files.encoding import check_dtype, rounded
 from diffpeft.sparse.diff import Diff, count_nonzeros
 from diffpeft.sparse.top_k import Scores, global_threshold, select
@@ -81,7 +81,9 @@ def extract_diff(
     """
     check_density(density)
     check_dtype(value_dtype)
-    found = align_models(open_checkpoint(base), open_checkpoint(finetuned), exclude)
+    new = open_checkpoint(finetuned)
+    new.check_whole()
+    found = align_models(open_as(base, new.model_class), new, exclude)
     extraction = _extract(found, density, value_dtype, progress)
     if output is not None:
         source = os.fspath(base) if isinstance(base, (str, os.PathLike)) else getattr(base, "name_or_path", None)
@@ -193,8 +195,6 @@ def _largest(differences: _Differences, k: int) -> Diff:
 
 
 def _differing_buffers(old: Checkpoint, new: Checkpoint, modules: list[str]) -> Iterator[str]:
-    dot = f"{old.backbone or new.backbone}."
-    for name in (name for name in new.others if not inside(name, modules)):
-        candidates = [one for one in (name, name.removeprefix(dot), dot + name) if one in old.others]
-        if candidates and not torch.equal(old.load(candidates[0]), new.load(name)):
+    for name in (name for name in new.others if name in old.others and not inside(name, modules)):
+        if not torch.equal(old.load(name), new.load(name)):
             yield name

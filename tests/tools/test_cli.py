@@ -1,16 +1,22 @@
 """The command line, as a user types it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, pruned
 from peft import PeftModel, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from diffpeft import DiffPruningConfig
+from diffpeft.files import atomic
 from diffpeft.sparse.diff import overlap
 from diffpeft.tools import cli
 
@@ -85,6 +91,66 @@ def test_verify_tells_another_base_of_the_same_shape(adapters, tiny_bert, tmp_pa
     assert "made from other weights than" in row["found"]
 
 
+@pytest.mark.parametrize("command", ["merge", "export", "combine"])
+def test_a_base_of_other_weights_is_refused_unless_forced(adapters, tiny_bert, tmp_path, command):
+    """Tried too: the same base in another dtype, which is right."""
+    tiny_bert(seed=5).save_pretrained(tmp_path / "other")
+    arguments = {"merge": [tmp_path / "out"], "export": [tmp_path / "out", "--to", "coo"], "combine": []}[command]
+    output = ["-o", tmp_path / "out"] if command == "combine" else []
+    typed = [command, adapters / "one", *arguments, *output, "--base", tmp_path / "other"]
+    assert "made from other weights than" in str(run(*typed).exception)
+    assert not (tmp_path / "out").exists()
+    assert run(*typed, "--force").exit_code == 0
+    tiny_bert().bfloat16().save_pretrained(tmp_path / "rounded")
+    rounded = [tmp_path / "rounded" if one == tmp_path / "other" else one for one in typed]
+    shutil.rmtree(tmp_path / "out") if command != "export" else (tmp_path / "out").unlink()
+    assert run(*rounded).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "words": 61},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning")
+def test_embeddings_that_the_file_has_whole_and_a_diff_too(name, config, tmp_path):
+    """PEFT copies embeddings into the file. Tried too: a resized vocabulary, which has to reach the merged model."""
+    ARCHITECTURES[name].make().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    words = config.pop("words", None)
+    if words:
+        base.resize_token_embeddings(words)
+    model = pruned(base, task_type="CAUSAL_LM", **config)
+    for head in [one for one in model.modules() if isinstance(one, ModulesToSaveWrapper)]:
+        torch.nn.init.normal_(head.modules_to_save["default"].weight)
+    model.save_pretrained(tmp_path / "adapter")
+    assert run("verify", tmp_path / "adapter").exit_code == 0
+    assert run("inspect", tmp_path / "adapter").exit_code == 0
+    if name == "llama_tied" and config["target_modules"] in (["embed_tokens"], ["lm_head"]):
+        with pytest.raises(ValueError, match="leaves alone"):
+            model.merge_and_unload()
+        assert "leaves alone" in str(run("merge", tmp_path / "adapter", tmp_path / "merged").exception)
+        return
+    result = run("merge", tmp_path / "adapter", tmp_path / "merged")
+    assert result.exit_code == 0, result.exception
+    assert run("combine", tmp_path / "adapter", "-o", tmp_path / "combined").exit_code == 0
+    assert run("merge", tmp_path / "combined", tmp_path / "again").exit_code == 0
+    expected = model.merge_and_unload().state_dict()
+    for merged in (tmp_path / "merged", tmp_path / "again"):
+        loaded = AutoModelForCausalLM.from_pretrained(merged).state_dict()
+        assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
+
+
 def test_diff_of_an_adapter_and_itself_and_another(adapters):
     same = json.loads(run("diff", adapters / "one", adapters / "one", "--json").stdout)["total"]
     assert (same["jaccard"], same["same sign"]) == (1.0, 1.0)
@@ -116,6 +182,48 @@ def test_combine_makes_an_adapter_that_loads(adapters):
     assert both.num_nonzeros() == round(0.01 * both.num_base_parameters())
     assert both.get_diff().keys() <= one.get_diff().keys() | two.get_diff().keys()
     assert torch.equal(*(m.model.classifier.modules_to_save["default"].weight for m in (both, two)))
+
+
+def test_an_adapter_is_combined_with_itself(adapters):
+    one = adapters / "one"
+    assert run("combine", one, one, "-o", adapters / "twice", "--heads-from", one).exit_code == 0
+    assert run("combine", one, f"{one}/", "-o", adapters / "twice").exit_code == 0
+    refused = run("combine", one, adapters / "two", "-o", adapters / "x", "--heads-from", "three")
+    assert "use --heads-from with one of these" in str(refused.exception)
+
+
+@pytest.mark.parametrize("name", ["run[v2]", "out[/x]", "a[red]b", "is :smile: $x_1$"])
+def test_names_are_shown_as_they_are(adapters, tmp_path, name):
+    shutil.copytree(adapters / "one", tmp_path / "from" / name)
+    (tmp_path / "to" / name).mkdir(parents=True)
+    for command in (["inspect"], ["verify"], ["diff", adapters / "two"], ["merge"], ["plot"]):
+        target = {"merge": [tmp_path / "to" / name / "new"], "plot": [tmp_path / "to" / name / "picture.png"]}
+        result = run(*command, tmp_path / "from" / name, *target.get(command[0], []))
+        assert result.exit_code == 0, result.output
+        assert name.replace(" ", "") in "".join(result.output.split())
+
+
+@pytest.mark.parametrize("command", ["combine", "extract", "export", "merge"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(adapters, tmp_path, monkeypatch, capsys, command):
+    def full(*arguments, **options):
+        message = "No space left on device"
+        raise OSError(message) if command == "merge" else SafetensorError(message)
+
+    load(adapters, "one").merge_and_unload().save_pretrained(adapters / "tuned")
+    monkeypatch.setattr(atomic, "save_file", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    output = tmp_path / "new" / "out"
+    arguments = {
+        "combine": [adapters / "one", "-o", output],
+        "extract": [adapters / "base", adapters / "tuned", output],
+        "export": [adapters / "one", output, "--to", "super-tuning", "--leave-out"],
+        "merge": [adapters / "one", output],
+    }[command]
+    monkeypatch.setattr(sys, "argv", ["diffpeft", command, *map(str, arguments)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "error: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_extract_from_a_fine_tuned_checkpoint(adapters, batch):

@@ -213,15 +213,38 @@ def test_directories_that_cannot_be_read(tiny_bert, tmp_path):
     with pytest.raises(ValueError, match=r"has no model\.safetensors; write it with from_pretrained"):
         extract_diff(tmp_path, tiny_bert())
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin'\] are pickled; convert them"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is damaged"):
         extract_diff(tmp_path, tiny_bert())
     shards = as_directory(tiny_bert(), tmp_path / "shards", "30KB")
     next(shards.glob("*00002*")).unlink()
     with pytest.raises(ValueError, match=r"has no model-00002"):
         extract_diff(shards, tiny_bert())
-    mixtral = ARCHITECTURES["mixtral"].make()
-    with pytest.raises(ValueError, match=r"put together from several tensors .* load the model with from_pretrained"):
-        extract_diff(as_directory(mixtral, tmp_path / "mixtral"), mixtral)
+    (shards / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index\.json is damaged"):
+        extract_diff(shards, tiny_bert())
+    (as_directory(tiny_bert(), tmp_path / "whole") / "config.json").write_text("[1")
+    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+        extract_diff(tiny_bert(), tmp_path / "whole")
+
+
+def test_output_layers_that_are_tied_in_one_of_the_two_models(tmp_path):
+    """transformers goes by the tensors, whatever the config says of them. Tried too: models in memory, as directories.
+
+    A base that ties what the fine-tuned model does not can hold no diff of both; the other way round it has two.
+    """
+    tied, untied = (as_directory(ARCHITECTURES[name].make(), tmp_path / name) for name in ("llama_tied", "llama"))
+    config = json.loads((untied / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    for base, new in ((tied, untied), (ARCHITECTURES["llama_tied"].make(), ARCHITECTURES["llama"].make())):
+        with pytest.raises(ValueError, match=r"lm_head\.weight'\] differ in .* and are one tensor in"):
+            extract_diff(base, new, 0.5, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    wanted = ARCHITECTURES["llama_tied"].make().state_dict()
+    for base, new in ((untied, tied), (ARCHITECTURES["llama"].make(), ARCHITECTURES["llama_tied"].make())):
+        extract_diff(base, new, 1.0, tmp_path / "adapter", task_type="CAUSAL_LM")
+        merged = PeftModel.from_pretrained(ARCHITECTURES["llama"].make(), tmp_path / "adapter").merge_and_unload()
+        for name, tensor in merged.state_dict().items():
+            torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-6)
 
 
 MEASURE = """

@@ -4,6 +4,7 @@ Processes of their own talk to it, because the tests run offline.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -206,3 +207,24 @@ def test_the_command_line_takes_repositories(made, newcomer, tmp_path):
         newcomer.submit(command_line, "inspect", "user/none").result()
     with pytest.raises(ValueError, match=r"user/base has no adapter_config\.json"):
         newcomer.submit(command_line, "inspect", "user/base").result()
+
+
+def test_the_revision_of_the_config_is_the_one_that_is_merged(made, hub, newcomer, tmp_path):
+    files = hub.repos["user/base"][-1].files
+    old = hub.commit("user/moving", "v1", files).sha
+    other = bytearray(files["model.safetensors"])
+    other[-400:] = bytes(400)
+    hub.commit("user/moving", "v2", {"model.safetensors": bytes(other)})
+    shutil.copytree(made[0] / "second", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    for revision, code in ((old, 0), (None, 1)):
+        told = {**config, "base_model_name_or_path": "user/moving", "revision": revision}
+        (tmp_path / "adapter" / CONFIG).write_text(json.dumps(told))
+        arguments = "merge", tmp_path / "adapter", tmp_path / f"merged{code}"
+        if code:
+            with pytest.raises(ValueError, match="made from other weights than user/moving"):
+                newcomer.submit(command_line, *arguments).result()
+        else:
+            assert newcomer.submit(command_line, *arguments).result()[0] == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged0")
+    assert torch.allclose(torch.tensor(logits(merged)), torch.tensor(made[1]["second"]), atol=1e-6)

@@ -13,7 +13,7 @@ from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffpeft.files.atomic import replace_config, stage_weights
+from diffpeft.files.atomic import making, replace_config, stage_weights
 from diffpeft.files.keys import KEY_MARKER, PREFIX, base_model_key
 from diffpeft.sparse.diff import Diff, check_diff, count_nonzeros, flatten_indices
 from diffpeft.tools.export.coo import check_int32
@@ -85,8 +85,9 @@ def to_super_tuning(
         sparsity=sparsity,
         inference_mode=True,
     ).to_dict()
-    stage_weights(Path(directory), tensors)
-    replace_config(Path(directory), json.dumps(config, indent=2, sort_keys=True))
+    with making(Path(directory)):
+        stage_weights(Path(directory), tensors)
+        replace_config(Path(directory), json.dumps(config, indent=2, sort_keys=True))
     nonzeros = sum(diff[name][0].numel() for name in sizes)
     return SuperTuningExport(nonzeros, sum(values.numel() for _, values in padded.values()) - nonzeros, left_out)
 
