@@ -20,6 +20,7 @@ from diffpeft.files.keys import PEFT_TYPE
 GATING, FIXMASK = "gating", "fixmask"
 """The phases of an adapter."""
 GROUP_PENALTIES = ("product", "additive")
+SELECTIONS = ("gates", "magnitude", "gradient", "random")
 MAX_FP16_LOG_ALPHA = 1e3
 """Largest magnitude of init_log_alpha where gates are fp16: farther from 0 they could hardly move."""
 FORMAT_VERSION = 2
@@ -77,8 +78,11 @@ class DiffPruningConfig(PeftConfig):
         "Nonzeros of the diff as a share of all parameters of the base model, adapted or not; the task head does not "
         "count. In (0, 1].",
     )
-    gated: bool = _field(
-        True, "False trains without gates before magnitude pruning, as the paper's non-adaptive baseline does."
+    selection: str = _field(
+        "gates",
+        "How positions are chosen. 'gates': learned with the diff, as in the paper. 'magnitude': where weights moved "
+        "most in training without gates, the paper's non-adaptive baseline. 'gradient': at the largest squared "
+        "gradients of a few batches, and 'random': by chance; both before training, without a dense phase.",
     )
     structured: bool = _field(True, "Add a gate for each parameter tensor (the paper's structured diff pruning).")
     group_penalty: str = _field(
@@ -124,6 +128,8 @@ class DiffPruningConfig(PeftConfig):
         self.peft_type = DIFFPRUNING
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # as PEFT's own configs have it
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection={self.selection!r} is not known; use one of {SELECTIONS}")
         self.stretch = _stretch(self.stretch, needed=self.gated and self.nnz_pattern is None)
         check_density(self.target_density)
         alpha, penalty, rate = self.init_log_alpha, self.l0_lambda, self.gate_learning_rate
@@ -136,8 +142,8 @@ class DiffPruningConfig(PeftConfig):
             raise ValueError(f"l0_lambda={penalty!r} is no penalty; {remedy}")
         if self.low_memory and not (self.gated and penalty == "auto"):
             raise ValueError(
-                f"low_memory=True is for gates under the automatic penalty, not for gated={self.gated} and "
-                f"l0_lambda={penalty!r}; use gated=True and l0_lambda='auto', or low_memory=False"
+                f"low_memory=True is for gates under the automatic penalty, not for selection={self.selection!r} and "
+                f"l0_lambda={penalty!r}; use selection='gates' and l0_lambda='auto', or low_memory=False"
             )
         if self.low_memory and abs(alpha) > MAX_FP16_LOG_ALPHA:
             raise ValueError(
@@ -161,6 +167,23 @@ class DiffPruningConfig(PeftConfig):
         """The fields as a file has them, in an order that does not change."""
         fields: dict[str, Any] = super().to_dict()
         return {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
+
+    @property
+    def gated(self) -> bool:
+        """Whether gates choose the positions."""
+        return self.selection == "gates"
+
+    @property
+    def chosen_in_training(self) -> bool:
+        """Whether training has a gating phase, with a dense diff, from which pruning chooses the positions."""
+        return self.selection in ("gates", "magnitude")
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """The fields of a file (PEFT's hook); older files say `gated` in place of `selection`."""
+        if "gated" in kwargs:
+            kwargs["selection"] = "gates" if kwargs.pop("gated") else "magnitude"
+        return kwargs
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json, with the weights staged for it, and the adapter's part of README.md.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from diffpeft.gates.update.collect import log_alphas
 from diffpeft.gates.update.in_backward import InBackward, backward_steps, check_low_memory
 from diffpeft.sparse.elias_fano import packed_size
 from diffpeft.sparse.sharded import check_whole
-from diffpeft.tuner import combining, lookup, pruning
+from diffpeft.tuner import combining, lookup, pruning, selection
 from diffpeft.tuner.base import DiffPruningTuner
 
 
@@ -119,6 +120,23 @@ class DiffPruningModel(DiffPruningTuner):
                 than the adapted modules have; a diff that is not finite; an optimizer that cannot be re-pointed.
         """
         return pruning.magnitude_prune(self, self.resolve(adapter_name), density, optimizer)
+
+    def select_positions(
+        self,
+        batches: Iterable[Any] | None = None,
+        loss: Callable[[Any], Tensor] | None = None,
+        adapter_name: str | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> pruning.PruningSummary:
+        """Choose the positions of an adapter whose config has selection="gradient" or "random", and go to fixmask.
+
+        [`DiffPruningCallback`] does it when training begins. "gradient" takes a few `batches` of the training data and
+        the `loss` of a batch, e.g. `lambda batch: model(**batch).loss`. Values start at zero.
+
+        Raises:
+            ValueError: another selection, or "gradient" without batches; else as in [`magnitude_prune`].
+        """
+        return selection.select_positions(self, self.resolve(adapter_name), batches, loss, optimizer)
 
     # Sizes
 

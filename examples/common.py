@@ -115,14 +115,14 @@ def check_length(name: str, value: int, model: PreTrainedModel) -> None:
         raise SystemExit(f"{name}={value} is more than the {limit} positions of the model; use {limit} or less")
 
 
-def diff_config(args: DiffPruningArguments, task_type: str, gated: bool) -> DiffPruningConfig:
+def diff_config(args: DiffPruningArguments, task_type: str, selection: str) -> DiffPruningConfig:
     """The adapter's config from the arguments."""
     return DiffPruningConfig(
         task_type=task_type,
         target_modules=args.target_modules,
         exclude_modules=args.exclude_modules,
         target_density=args.target_density,
-        gated=gated,
+        selection=selection,
         structured=args.structured,
         group_penalty=args.group_penalty,
         l0_lambda="auto" if args.l0_lambda == "auto" else float(args.l0_lambda),
@@ -164,8 +164,8 @@ class Run:
             if diff_args.adapter is not None:
                 self.model = PeftModel.from_pretrained(model, diff_args.adapter, is_trainable=True)
             else:
-                gated = self.method == "diff_pruning"
-                self.model = get_peft_model(model, diff_config(diff_args, task_type, gated))
+                selection = "gates" if self.method == "diff_pruning" else self.method
+                self.model = get_peft_model(model, diff_config(diff_args, task_type, selection))
             self.callbacks = [self.evaluation_as("gated"), self.pruning, self.evaluation_as("pruned")]
         elif self.method == "head":
             head = tuple(fresh_head(model))

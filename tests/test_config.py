@@ -56,10 +56,13 @@ def test_what_makes_no_sense_is_refused_with_the_value_and_a_remedy(field, value
 
 @pytest.mark.parametrize(
     ("fields", "shown"),
-    [({"gated": False}, "gated=False and l0_lambda='auto'"), ({"l0_lambda": 1e-7}, "gated=True and l0_lambda=1e-07")],
+    [
+        ({"selection": "magnitude"}, "selection='magnitude' and l0_lambda='auto'"),
+        ({"l0_lambda": 1e-7}, "selection='gates' and l0_lambda=1e-07"),
+    ],
 )
 def test_the_low_memory_mode_is_for_gates_under_the_automatic_penalty(fields, shown):
-    with pytest.raises(ValueError, match=f"not for {shown}; use gated=True and l0_lambda='auto', or low_memory=False"):
+    with pytest.raises(ValueError, match=f"not for {shown}; use selection='gates' and l0_lambda='auto'"):
         DiffPruningConfig(low_memory=True, **fields)
 
 
@@ -80,7 +83,7 @@ def test_the_edges_of_what_makes_sense_are_accepted(fields):
     assert {name: getattr(config, name) for name in fields} == fields
 
 
-@pytest.mark.parametrize("fields", [{"gated": False}, {"nnz_pattern": {"dense.weight": 3}}], ids=str)
+@pytest.mark.parametrize("fields", [{"selection": "magnitude"}, {"nnz_pattern": {"dense.weight": 3}}], ids=str)
 def test_stretch_does_not_matter_without_gates(fields):
     assert DiffPruningConfig(stretch=(0.0, 1.0), **fields).stretch == (0.0, 1.0)
 
@@ -104,7 +107,7 @@ def test_target_modules_are_a_set_as_in_pefts_own_configs():
             "layers_to_transform": [0, 1],
             "layers_pattern": "layer",
             "target_density": 0.01,
-            "gated": True,
+            "selection": "gates",
             "structured": False,
             "group_penalty": "additive",
             "l0_lambda": 1.25e-7,

@@ -176,7 +176,7 @@ def test_density_progress_goes_from_zero_to_one(tiny_bert, batch):
     assert model.base_model.density_progress() == pytest.approx(0.0, abs=0.01)
     train_steps(model, batch, 20, gating_steps=20)
     assert model.base_model.density_progress() == pytest.approx(1.0, abs=0.05)
-    ungated = get_peft_model(tiny_bert(), DiffPruningConfig(gated=False, **CONFIG))
+    ungated = get_peft_model(tiny_bert(), DiffPruningConfig(selection="magnitude", **CONFIG))
     assert ungated.base_model.density_progress() == 0.0
 
 
@@ -211,7 +211,7 @@ def test_gate_step_skips_an_update_that_is_not_finite(tiny_bert, batch):
 
 
 def test_without_gates_w_trains_and_is_pruned(tiny_bert, batch):
-    model = get_peft_model(tiny_bert(), DiffPruningConfig(gated=False, **CONFIG))
+    model = get_peft_model(tiny_bert(), DiffPruningConfig(selection="magnitude", **CONFIG))
     assert not any("log_alpha" in name for name, _ in model.named_parameters())
     train_steps(model, batch, 3, gating_steps=3)
     assert model.base_model.expected_density() == 1.0

@@ -168,7 +168,7 @@ def verify(tensors: Mapping[str, Tensor], config: PeftConfig, shapes: Mapping[st
             raise ValueError(f"{name} is {what}; use the adapter's own model and config")
         numel = shapes[name].numel()
         try:
-            if not has_checksum(buffer):  # PEFT has added it as it is in memory, with the embedding that holds it
+            if name in heads and not has_checksum(buffer):  # PEFT has added it as it is in memory, with its embedding
                 stored, buffer = encode(unpack(buffer, stored.numel(), numel), stored, numel, config.value_dtype, name)
             diff[name] = decode(stored, buffer, numel, name)
         except ValueError as error:

@@ -34,6 +34,9 @@ def gating_tensors(
     w, log_alpha, group_log_alpha = parameters.values()
     moments = {attribute: BufferDict(persistent=True) for attribute in GATING_BUFFERS}
     for name, shape in shapes.items():
+        if not config.chosen_in_training:  # nothing but a place in the optimizer
+            w[name] = nn.Parameter(torch.empty(0, dtype=torch.float32, device=device))
+            continue
         zeros = torch.zeros(shape, dtype=torch.float32, device=device)
         w[name] = nn.Parameter(zeros if config.init_weights else torch.randn_like(zeros).mul_(INIT_STD))
         if unknown:

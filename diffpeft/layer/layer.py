@@ -96,7 +96,8 @@ class DiffPruningLayer(AdapterTensors):
             owner: DiffPruningLayer = self.ties[name][0]
             return adapter_name in self.configs and owner.changes(adapter_name, self.ties[name][1])
         if self.is_gating(adapter_name):
-            return name in self.diffpruning_w[adapter_name]
+            w = self.diffpruning_w[adapter_name]
+            return name in w and w[name].shape == self.shapes[name]  # until positions are chosen it may be a place only
         return adapter_name in self.diffpruning_values and name in self.diffpruning_values[adapter_name]
 
     def _with_adapter(self, parameter: Tensor, adapter_name: str, name: str) -> Tensor:
@@ -227,7 +228,8 @@ class DiffPruningLayer(AdapterTensors):
         """
         own = self._own()
         if self.is_gating(adapter_name):
-            return {name: Entry(own[name], None, self.delta(adapter_name, name)) for name in self.shapes}
+            changed = [name for name in self.shapes if self.changes(adapter_name, name)]
+            return {name: Entry(own[name], None, self.delta(adapter_name, name)) for name in changed}
         entries = {}
         for name, diff in self.sparse_diffs(adapter_name).items():
             numel, positions = own[name].numel(), diff.positions

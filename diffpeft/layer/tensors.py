@@ -157,12 +157,12 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
 
     def start_gating(self, adapter_name: str) -> None:
         """Give the adapter w and gates at their initial values, in place of what it had."""
-        if self.quantized:
-            raise ValueError(
-                f"{self.key} is quantised, where gates cannot be learned; train and prune the adapter on the model as "
-                "it was, then load it here, or leave the module out with exclude_modules"
-            )
         config = self.configs[adapter_name]
+        if self.quantized and config.chosen_in_training:
+            raise ValueError(
+                f"{self.key} is quantised, where gates cannot be learned; use selection='gradient', or train and prune "
+                "the adapter on the model as it was and load it here, or leave the module out with exclude_modules"
+            )
         # Some loaders leave what is offloaded as it was: zeros must not pass for a diff that was loaded.
         unknown = config.inference_mode and is_offloaded(self.base_layer)
         self._set_tensors(adapter_name, gating_tensors(self.shapes, device_of(self.base_layer), config, unknown))

@@ -18,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 from diffpeft.gates.update.in_backward import InBackward
 from diffpeft.model import DiffPruningModel
 from diffpeft.trainer import resume
+from diffpeft.trainer.begin import check_gating, choose_positions, is_chosen_before_training, tuner_of
 from diffpeft.trainer.ddp import DDPFinder
 from diffpeft.trainer.launch import check_launch
 from diffpeft.trainer.learning_rate import USED_RATE_ATTRIBUTE, RateSchedule, rates_of_diff
@@ -54,9 +55,6 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
 
     MAX_SKIPPED = 64
     """Updates in a row that fp16's gradient scaler may skip: it halves its scale each time, from 2^16."""
-
-    MIN_GATING_STEPS = 8
-    """Fewer steps of gating are too few for gates to end near the target density."""
 
     def __init__(
         self,
@@ -98,30 +96,23 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         """Check how the Trainer was launched, before anything is sharded."""
         tuner = DiffPruningModel.of(kwargs["model"])
         if tuner is not None:
+            if tuner.phase() == "gating" and tuner.peft_config[tuner.resolve(None)].selection == "random":
+                tuner.select_positions()  # while nothing is sharded, and before there is an optimizer
             check_launch(args, tuner.phase() == "gating", self.fixmask_warmup_steps, _is_low_memory(tuner))
             tuner.open_values()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Check that model, run and checkpoint fit together, before any work is done."""
-        model = kwargs["model"]
-        tuner = DiffPruningModel.of(model)
-        if tuner is None:
-            raise ValueError(
-                f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}) or in it; "
-                "wrap it first: model = get_peft_model(model, DiffPruningConfig())"
-            )
-        if isinstance(state.stateful_callbacks.get(type(self).__name__), list):
-            raise ValueError("the Trainer has two DiffPruningCallbacks, which would both move the gates; give it one")
-        gating, low_memory = tuner.phase() == "gating", _is_low_memory(tuner)
-        check_launch(args, gating, self.fixmask_warmup_steps, low_memory)
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        tuner = tuner_of(model, state, self)
+        low_memory, before_training = _is_low_memory(tuner), is_chosen_before_training(tuner)
+        if before_training and tuner.phase() == "gating" and not state.global_step:
+            self._show(args, state, choose_positions(tuner, model, args, kwargs["train_dataloader"], optimizer))
+        check_launch(args, tuner.phase() == "gating", self.fixmask_warmup_steps, low_memory)
         steps = max(1, round(self.gating_ratio * state.max_steps)) if self.gating_steps is None else self.gating_steps
-        if self._tuner is tuner and not gating and not state.global_step:
-            steps = 0  # an attempt of this run ended in fixmask, such as one that ran out of memory
-        if steps > state.max_steps:
-            raise ValueError(
-                f"gating_steps={steps} is more than the {state.max_steps} steps of the run; lower it, or raise "
-                "num_train_epochs or max_steps"
-            )
+        again = self._tuner is tuner and tuner.phase() == "fixmask" and not state.global_step
+        if before_training or again:  # an attempt of this run ended in fixmask, such as one that ran out of memory
+            steps = 0
         self.transition_step, self._skipped = steps, 0
         name, factor = tuner.resolve(None), None
         if state.global_step:
@@ -129,25 +120,9 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             resume.check(tuner, name, saved)
             old = saved.get("fixmask_factors") or [None]  # before 0.2, one for each group
             factor = saved.get("fixmask_factor", old[0])
-        if gating and state.global_step >= steps:
-            raise ValueError(
-                f"the adapter is in gating, but the run is at step {state.global_step} and gating ends after {steps}; "
-                "use gating_steps > 0, and resume from a checkpoint that holds the adapter"
-            )
-        if not gating and state.global_step < steps:
-            raise ValueError(
-                f"the adapter is pruned already, but gating lasts until step {steps}; to go on in fixmask use "
-                "DiffPruningCallback(gating_steps=0)"
-            )
+        check_gating(tuner, steps, state)
         if not args.learning_rate > 0:
             raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
-        if tuner.is_gated() and tuner.peft_config[name].l0_lambda == "auto" and steps < self.MIN_GATING_STEPS:
-            warnings.warn(
-                f"gating lasts {steps} steps, in which gates cannot come near target_density; use at least "
-                f"{self.MIN_GATING_STEPS}, better some hundreds",
-                stacklevel=2,
-            )
-        optimizer = kwargs["optimizer"]
         self._optimizer.watch(optimizer, tuner, name)
         if self._in_backward is not None:  # of an attempt that ended early
             self._in_backward.remove()
@@ -155,7 +130,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         own, groups = rates_of_diff(optimizer, tuner.diff_parameters(name), args.learning_rate)
         rate, warmup = self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate, self.fixmask_warmup_steps
         self._rates = RateSchedule(own, rate, steps, state.max_steps, warmup, groups, factor)
-        if not steps and not state.global_step and (self.fixmask_learning_rate is not None or self._tuner is tuner):
+        asked = self.fixmask_learning_rate is not None or before_training or again
+        if asked and not steps and not state.global_step:
             self._rates.begin_fixmask(optimizer, _plain(kwargs["lr_scheduler"]))
         self._tuner, self._settings = tuner, resume.settings(tuner, name)
         self._ddp.watch(model)
@@ -216,9 +192,11 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         self._in_backward = None
         self._rates.begin_fixmask(kwargs["optimizer"], scheduler)
         self._ddp.rebuild()
+        self._show(args, state, f"step {state.global_step}: {summary}")
+
+    def _show(self, args: TrainingArguments, state: TrainerState, line: str) -> None:
         if state.is_world_process_zero:
-            show = logger.info if args.disable_tqdm else tqdm.write
-            show(f"step {state.global_step}: {summary}")
+            (logger.info if args.disable_tqdm else tqdm.write)(line)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Remove the dense checkpoint that `save_strategy="best"` makes of an evaluation in gating."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 
 from diffpeft.config import GATING, DiffPruningConfig, check_density
 from diffpeft.files.encoding import rounded
@@ -17,7 +17,10 @@ from diffpeft.files.keys import VALUES
 from diffpeft.gates.hard_concrete import GatedDiff
 from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.sparse.sharded import check_whole
-from diffpeft.sparse.top_k import global_top_k
+from diffpeft.sparse.top_k import Scores, global_top_k
+
+Values: TypeAlias = Callable[[Tensor], Tensor]
+"""Gives the values of a parameter's diff at flat positions, both of shape (k,)."""
 
 
 @dataclass(frozen=True)
@@ -51,27 +54,52 @@ def magnitude_prune(
     tuner: BaseTuner, adapter_name: str, density: float | None, optimizer: torch.optim.Optimizer | None
 ) -> PruningSummary:
     """Keep the largest |delta| of an adapter over all tensors together; see `DiffPruningModel.magnitude_prune`."""
-    layers: list[DiffPruningLayer] = tuner.layers_of(adapter_name)
     config: DiffPruningConfig = tuner.peft_config[adapter_name]
-    density = config.target_density if density is None else density
-    k = _check(tuner, adapter_name, density, layers)
+    if not config.chosen_in_training:
+        raise ValueError(
+            f"adapter {adapter_name!r} has selection={config.selection!r}, which chooses positions before training; "
+            "call select_positions"
+        )
+
+    def by_magnitude(layer: DiffPruningLayer, name: str) -> tuple[Scores, Values]:
+        diff = GatedDiff(*layer.gates_of_parameter(adapter_name, name), config.stretch)
+        return diff.scores, diff.values
+
+    return keep_largest(tuner, adapter_name, density, by_magnitude, optimizer)
+
+
+@torch.no_grad()
+def keep_largest(
+    tuner: BaseTuner,
+    adapter_name: str,
+    density: float | None,
+    choice: Callable[[DiffPruningLayer, str], tuple[Scores, Values]],
+    optimizer: torch.optim.Optimizer | None,
+) -> PruningSummary:
+    """Bring an adapter from gating to fixmask, at the positions of the largest scores over all tensors together.
+
+    `choice` gives the scores of a layer's parameter, by its name there, and the values at chosen positions.
+    """
+    layers: list[DiffPruningLayer] = tuner.layers_of(adapter_name)
+    density = tuner.peft_config[adapter_name].target_density if density is None else density
+    k = check(tuner, adapter_name, density)
     old = {layer: layer.adapter_parameters(adapter_name) for layer in layers}
-    check_whole((p for parameters in old.values() for p in parameters), "magnitude_prune")
+    check_whole((p for parameters in old.values() for p in parameters), "choosing positions")
     if optimizer is not None:
         check_replaceable(optimizer, {p for parameters in old.values() for p in parameters if p.requires_grad})
     owners = [(layer, name) for layer in layers for name in layer.shapes]
-    diffs = [GatedDiff(*layer.gates_of_parameter(adapter_name, name), config.stretch) for layer, name in owners]
-    kept, threshold = global_top_k([diff.scores for diff in diffs], k)
-    chosen = {owner: (p, diff.values(p)) for owner, diff, p in zip(owners, diffs, kept, strict=True)}
+    scores, values = zip(*(choice(layer, name) for layer, name in owners), strict=True)
+    kept, threshold = global_top_k(scores, k)
+    chosen = {owner: (p, at(p)) for owner, at, p in zip(owners, values, kept, strict=True)}
     replacement = dict[nn.Parameter, nn.Parameter | None]()
     for layer in layers:
         w = dict(layer.diffpruning_w[adapter_name])
         layer.set_diff(adapter_name, {name: chosen[layer, name] for name in layer.shapes})
-        values = getattr(layer, VALUES)[adapter_name]
+        kept_values = getattr(layer, VALUES)[adapter_name]
         replacement.update(dict.fromkeys(old[layer]))
-        replacement.update({w[name]: values[name] for name in values})
+        replacement.update({w[name]: kept_values[name] for name in kept_values})
     # A copy: the caller's config stays what it was, to begin another adapter with.
-    config = tuner.peft_config[adapter_name] = copy.copy(config)
+    config = tuner.peft_config[adapter_name] = copy.copy(tuner.peft_config[adapter_name])
     counts = {
         layer.parameter_key(name): (positions.numel(), layer.shapes[name].numel())
         for (layer, name), (positions, _) in chosen.items()
@@ -86,8 +114,9 @@ def magnitude_prune(
     return PruningSummary(k, tuner.num_base_parameters(), threshold.value, counts)
 
 
-def _check(tuner: BaseTuner, adapter_name: str, density: float, layers: list[DiffPruningLayer]) -> int:
+def check(tuner: BaseTuner, adapter_name: str, density: float) -> int:
     """The number of entries to keep. Raises ValueError where that many cannot be kept."""
+    layers: list[DiffPruningLayer] = tuner.layers_of(adapter_name)
     if tuner.phase(adapter_name) != GATING:
         count = sum(sum((layer.nnz(adapter_name) or {}).values()) for layer in layers)
         raise ValueError(f"adapter {adapter_name!r} is pruned already, to {count} nonzeros; it cannot be pruned twice")

@@ -201,7 +201,7 @@ def test_a_pattern_is_the_positions_as_compressed_rows(found):
 
 
 def pruned(base: nn.Module) -> nn.Module:
-    model = get_peft_model(base, DiffPruningConfig(target_density=0.2, gated=False, init_weights=False))
+    model = get_peft_model(base, DiffPruningConfig(target_density=0.2, selection="magnitude", init_weights=False))
     model.base_model.magnitude_prune()
     return model
 
@@ -295,7 +295,7 @@ def test_a_layer_large_enough_for_the_gradient_at_positions_trains_under_autocas
     layer = nn.Linear(128, 128)
     assert sampling_pays(80, layer.weight.shape, torch.zeros(1))
     model = get_peft_model(
-        nn.Sequential(layer), DiffPruningConfig(target_density=0.005, gated=False, init_weights=False)
+        nn.Sequential(layer), DiffPruningConfig(target_density=0.005, selection="magnitude", init_weights=False)
     ).to(device)
     model.base_model.magnitude_prune()
     x = torch.randn(8, 128, device=device)

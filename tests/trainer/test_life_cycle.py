@@ -167,3 +167,26 @@ def test_the_best_checkpoint_is_a_pruned_one(tiny_bert, tmp_path):
     for name in kept:
         assert PeftModel.from_pretrained(tiny_bert(), tmp_path / name).base_model.phase() == "fixmask"
     assert isinstance(made.model, nn.Module)
+
+
+@pytest.mark.parametrize("selection", ["gradient", "random"])
+def test_positions_chosen_before_training_are_chosen_in_the_stock_trainer(tiny_bert, tmp_path, selection):
+    made = trainer(tiny_bert, tmp_path, config={"selection": selection}, save_strategy="steps", save_steps=8)
+    made.train()
+    tuner = made.model.base_model
+    assert (tuner.phase(), tuner.num_nonzeros()) == ("fixmask", round(0.02 * tuner.num_base_parameters()))
+    used = [entry["learning_rate"] for entry in made.state.log_history if "learning_rate" in entry]
+    assert max(used) == used[0] == pytest.approx(1e-2)
+    assert all(entry["diffpruning/phase"] == "fixmask" for entry in made.state.log_history if "loss" in entry)
+    again = trainer(tiny_bert, tmp_path, config={"selection": selection})
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    first, second = (one.model.base_model.get_diff() for one in (made, again))
+    assert all(torch.equal(first[name][1], second[name][1]) for name in first)
+
+
+def test_gradients_of_a_loss_of_ones_own_are_asked_for_before_the_trainer(tiny_bert, tmp_path):
+    model = peft_model(tiny_bert, selection="gradient")
+    rows = [{"input_ids": torch.arange(6)} for _ in range(16)]
+    made = Trainer(model, arguments(tmp_path), train_dataset=rows, callbacks=[DiffPruningCallback()])
+    with pytest.raises(ValueError, match="no loss of its own to take gradients of; before the Trainer is made, call"):
+        made.train()

@@ -28,7 +28,7 @@ def evaluated(metric):
 SETTINGS = {
     "plain": {},
     "fixed lambda": {"config": {"l0_lambda": 1e-4}},
-    "ungated": {"config": {"gated": False}},
+    "ungated": {"config": {"selection": "magnitude"}},
     "cosine": {"lr_scheduler_type": "cosine", "warmup_steps": 3, "gradient_accumulation_steps": 2},
     "bf16": {"bf16": True, "lr_scheduler_type": "constant"},
     "epochs": {"max_steps": -1, "num_train_epochs": 2},

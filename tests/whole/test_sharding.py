@@ -34,7 +34,8 @@ def pruned(gated=False):
     base = BertForSequenceClassification(
         BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     )
-    config = DiffPruningConfig(task_type="SEQ_CLS", target_density=0.05, gated=gated, init_weights=False)
+    config = DiffPruningConfig(task_type="SEQ_CLS", target_density=0.05, init_weights=False)
+    config.selection = "gates" if gated else "magnitude"
     model = get_peft_model(base, config)
     if not gated:
         model.base_model.magnitude_prune()

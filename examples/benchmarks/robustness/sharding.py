@@ -72,7 +72,7 @@ def train(kind: str, folder: Path, checkpoint: str | None) -> None:
     launch = shard_on_cpus(kind)
     torch.manual_seed(0)
     base = BertForSequenceClassification(BertConfig(**SIZES, max_position_embeddings=16))
-    config = DiffPruningConfig(task_type="SEQ_CLS", target_density=0.05, gated=False, init_weights=False)
+    config = DiffPruningConfig(task_type="SEQ_CLS", target_density=0.05, selection="magnitude", init_weights=False)
     model = get_peft_model(base, config)
     model.base_model.magnitude_prune()
     rows = [{"input_ids": torch.randint(50, (6,)), "labels": row % 2} for row in range(64)]

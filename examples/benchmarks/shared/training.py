@@ -33,11 +33,11 @@ def make_config(method: str, base: nn.Module, density: float) -> PeftConfig:
     if method in GATING:
         return DiffPruningConfig(**common, **GATING[method])
     if method == "fixmask":
-        return DiffPruningConfig(**common, target_density=density, gated=False, init_weights=False)
+        return DiffPruningConfig(**common, target_density=density, selection="magnitude", init_weights=False)
     common["target_modules"] = LINEAR
     if method == "fixmask-linear":
         share = count / sum(p.numel() for p in base.base_model.parameters())
-        return DiffPruningConfig(**common, target_density=share, gated=False, init_weights=False)
+        return DiffPruningConfig(**common, target_density=share, selection="magnitude", init_weights=False)
     if method == "lora":
         return LoraConfig(**common, r=rank)
     if method == "shira":

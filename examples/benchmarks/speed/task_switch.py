@@ -64,7 +64,7 @@ def with_tasks(base: PreTrainedModel, method: str, names: Sequence[str], rank: i
         settings = {"r": rank, "target_modules": r"encoder\..*\.(query|key|value|dense)", "init_lora_weights": False}
         config = LoraConfig(**settings)
     else:
-        config = DiffPruningConfig(target_density=DENSITY, gated=False, init_weights=False)
+        config = DiffPruningConfig(target_density=DENSITY, selection="magnitude", init_weights=False)
     model = get_peft_model(base, config, adapter_name=names[0])
     for name in names:
         if name != names[0]:
