@@ -170,3 +170,16 @@ def test_a_layer_has_the_features_that_pefts_helper_gives_it(module, features):
     layer = DiffPruningLayer(module, "layer", {})
     assert (layer.in_features, layer.out_features) == features
     assert not hasattr(DiffPruningLayer(nn.LayerNorm(2), "layer", {}), "in_features")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False])
+def test_tracing_says_merge_first_and_merged_layers_can_be_traced(grad):
+    """Tried too: a whole BERT, in gating and fixmask, with adapters disabled, and `torch.onnx.export`, which traces."""
+    layer, x = make_layer(nn.Linear(6, 3)).eval(), torch.randn(2, 6)
+    random_diff(layer)
+    with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match="merge first"):
+        torch.jit.trace(layer, x)
+    expected = layer(x)
+    layer.merge()
+    torch.testing.assert_close(torch.jit.trace(layer, x)(x), expected)
