@@ -74,7 +74,7 @@ trainer.accelerator.end_training()
 """
 
 
-@pytest.mark.parametrize("extra", [[], ["evaluate"], ["penalty"], ["ragged"]])
+@pytest.mark.parametrize("extra", [[], ["evaluate"], ["penalty"], ["ragged"]], ids=str)
 def test_both_ranks_train_the_same_diff(tmp_path, extra):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
