@@ -101,6 +101,7 @@ class ForwardPass:
         """Effective small parameters of the pass, made all at once; None before the first of them is used."""
         self.idle_passes: int | None = 0
         """Training passes so far, until the gates' first step; None from then on."""
+        self._shared: Tensor | None = None
         self._first: dict[Hashable, Tensor] | None = None
         self._pass: Tensor | None = None
         self._aliases: dict[int, Tensor] = {}
@@ -133,13 +134,17 @@ class ForwardPass:
             self._runs_in.clear()
         self.model, self.small_effective, self._first, self._pass = None, None, None, None
 
+    def share(self, key: Hashable) -> None:
+        """Let the passes from now on follow from `key`, which processes share; None: from torch's generator."""
+        self._shared = None if key is None else torch.tensor(_digest(key))
+
     def seed(self, key: Hashable) -> Tensor:
         """The seed of the parameter named `key`, at one of its uses: int64, shape (2,)."""
         drawn = new_seed()
         if self._first is None:
             return drawn if torch.compiler.is_compiling() else self._aliases.get(int(drawn[0]), drawn)
         if self._pass is None:
-            self._pass = drawn
+            self._pass = drawn if self._shared is None else self._shared
             self._count_pass()
         seed = self.seed_of(key)
         if not torch.compiler.is_compiling() and may_be_replayed():  # a compiled pass has its own replay

@@ -18,7 +18,7 @@ from diffpeft.layer import run
 from diffpeft.layer.find import layers_in
 from diffpeft.layer.merging import MergeStack, check_mergeable
 from diffpeft.layer.tensors import AdapterTensors
-from diffpeft.layer.wrapped import has_hook, is_offloaded, run_onloaded
+from diffpeft.layer.wrapped import has_hook, is_offloaded, run_onloaded, take_hiding
 from diffpeft.sparse.functions import sparse_parameter
 from diffpeft.sparse.inplace import Entry
 from diffpeft.sparse.sharded import check_whole
@@ -168,10 +168,13 @@ class DiffPruningLayer(AdapterTensors):
         if not changed:
             output = self.base_layer(*args, **kwargs)
         else:
+            run.check_not_traced(self.key)
             self._running = {name: (tensor, own[name]) for name, tensor in changed.items()}
+            hiding = take_hiding(self.base_layer, changed)
             try:
                 output = functional_call(self.base_layer, changed, args, kwargs)
             finally:
+                self.base_layer.__dict__.update(hiding)
                 self._running = {}
         return run.add_to_quantized(self, output, *args) if self.quantized else output
 
@@ -262,6 +265,7 @@ class RootParameters(DiffPruningLayer):
         super().__init__(model, "", {}, noise)
         self.module_key = self.NAME
         self._plain: dict[str, nn.Parameter | None] = {}
+        self._hiding: dict[str, Tensor] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "base_layer":  # not as a submodule: the model would contain itself
@@ -288,8 +292,10 @@ class RootParameters(DiffPruningLayer):
                 self._plain[name] = own[name]
                 self._running[name] = tensor, own[name]
                 own[name] = tensor  # type: ignore[assignment]
+        self._hiding = take_hiding(self.base_layer, self._plain)
 
     def put_back(self, *_: Any) -> None:
         """Undo [`put`]."""
         self.base_layer._parameters.update(self._plain)
-        self._plain, self._running = {}, {}
+        self.base_layer.__dict__.update(self._hiding)
+        self._plain, self._hiding, self._running = {}, {}, {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -68,6 +68,11 @@ def is_plain(module: nn.Module) -> bool:
     """Whether running the module is its class's forward and nothing else."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return not any(hooks) and "forward" not in module.__dict__
+
+
+def take_hiding(module: nn.Module, names: Collection[str]) -> dict[str, Tensor]:
+    """Take tensors off the module that hide its parameters, as FSDP version 1 sets them while a module runs."""
+    return {name: module.__dict__.pop(name) for name in names if name in module.__dict__}
 
 
 def run_onloaded(

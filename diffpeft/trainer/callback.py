@@ -15,11 +15,12 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
+from diffpeft.gates.forward_pass import ForwardPass
 from diffpeft.gates.update.in_backward import InBackward
 from diffpeft.model import DiffPruningModel
 from diffpeft.trainer import resume
 from diffpeft.trainer.begin import check_gating, choose_positions, is_chosen_before_training, tuner_of
-from diffpeft.trainer.ddp import DDPFinder
+from diffpeft.trainer.ddp import DDPFinder, common_seed
 from diffpeft.trainer.launch import check_launch
 from diffpeft.trainer.learning_rate import USED_RATE_ATTRIBUTE, RateSchedule, rates_of_diff
 from diffpeft.trainer.optimizer import OptimizerCheck
@@ -81,6 +82,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         self._in_backward: InBackward | None = None
         self._ddp = DDPFinder()
         self._optimizer = OptimizerCheck()
+        self._noise: tuple[ForwardPass, int] | None = None  # of several processes, with the seed that they share
+        self._substep = 0
 
     def state(self) -> dict[str, Any]:
         """The callback's part of a checkpoint's trainer_state.json, asked for when the adapter is saved."""
@@ -135,11 +138,22 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             self._rates.begin_fixmask(optimizer, _plain(kwargs["lr_scheduler"]))
         self._tuner, self._settings = tuner, resume.settings(tuner, name)
         self._ddp.watch(model)
+        self._noise = (tuner.all_layers()[0].noise, common_seed()) if gating and args.world_size > 1 else None
 
-    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
-        """Set the learning rate of the low-memory mode's updates, which come within the backward pass."""
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Share noise between processes; set the learning rate of updates that come within the backward pass."""
+        self._share_noise(state, 0)
         if self._in_backward is not None and self._tuner is not None and self._rates is not None:
             self._in_backward.rate_factor = self._rates.gating_factor(_density_progress(self._tuner))
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
+        """Share other noise in the next batch whose gradients are accumulated."""
+        self._share_noise(state, self._substep + 1)
+
+    def _share_noise(self, state: TrainerState, substep: int) -> None:
+        self._substep = substep
+        if self._noise is not None:
+            self._noise[0].share((self._noise[1], state.global_step, substep))
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Move the gates, after gradients were clipped, so that nothing scales the penalty; set the learning rate.
@@ -210,6 +224,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         """Prune what was stopped in gating, and let go of the model."""
         tuner, in_backward, self._tuner, self._in_backward = self._tuner, self._in_backward, None, None
         self._ddp.stop()
+        if self._noise is not None:
+            self._noise[0].share(None)
         if in_backward is not None:
             in_backward.remove()
         if tuner is not None and tuner.phase() == "gating":

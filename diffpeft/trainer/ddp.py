@@ -2,9 +2,17 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
+
+
+def common_seed() -> int:
+    """The first rank's seed of torch's generator: with it all ranks draw the same noise, whatever else they draw."""
+    seeds = [torch.initial_seed()]
+    distributed.broadcast_object_list(seeds)
+    return seeds[0]
 
 
 class DDPFinder:

@@ -23,6 +23,9 @@ BASE = "__base__"
 CACHE_FLAGS = ("use_cache", "use_mems")
 """Arguments and config fields that turn on a model's cache of earlier tokens."""
 
+WHOLE_BATCH = ("past_key_values", "cache_params", "mems", "streamer")
+"""Arguments that gather the rows of a whole batch: caches of earlier tokens by their names, and streamers."""
+
 ONE_BATCH_EACH = "use one batch for each adapter"
 
 
@@ -64,6 +67,7 @@ class MixedBatch:
             with self._activate(self._names[0]):
                 return own(*args, **kwargs)
         _check_no_cache(args, kwargs)
+        _check_not_decoding(kwargs)
         for flag in CACHE_FLAGS:
             if kwargs.get(flag):
                 raise NotImplementedError(
@@ -212,11 +216,24 @@ def _may_compare_rows(parts: Sequence[Any], counts: list[int]) -> bool:
 def _check_no_cache(args: Any, kwargs: dict[str, Any]) -> None:
     """Raise NotImplementedError for what gathers the rows of a whole batch."""
     for name, value in (*enumerate(args), *kwargs.items()):
-        if isinstance(value, Cache) or (name in ("past_key_values", "streamer") and value is not None):
+        if isinstance(value, Cache) or (name in WHOLE_BATCH and value is not None):
             raise NotImplementedError(
                 f"{type(value).__name__} cannot be shared by rows of several adapters: leave it out, or "
                 f"{ONE_BATCH_EACH}"
             )
+
+
+def _check_not_decoding(kwargs: dict[str, Any]) -> None:
+    """Raise NotImplementedError in a decode loop, which passes on a cache that a mixed batch does not return."""
+    tokens = kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+    mask, length = kwargs.get("attention_mask"), 0 if tokens is None else tokens.shape[1]
+    longer = length and isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > length
+    if longer or "past_key_values" in kwargs:
+        what = f"an attention_mask longer than the {length} tokens" if longer else "past_key_values"
+        raise NotImplementedError(
+            f"{what} belongs to a cache, which rows of several adapters do not have: call generate, pass all tokens "
+            f"in each step and no past_key_values, or {ONE_BATCH_EACH}"
+        )
 
 
 def check_names(names: Sequence[str], adapters: Collection[str], training: bool, layers: Sequence[Any]) -> None:

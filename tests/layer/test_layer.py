@@ -170,3 +170,49 @@ def test_a_layer_has_the_features_that_pefts_helper_gives_it(module, features):
     layer = DiffPruningLayer(module, "layer", {})
     assert (layer.in_features, layer.out_features) == features
     assert not hasattr(DiffPruningLayer(nn.LayerNorm(2), "layer", {}), "in_features")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("grad", [True, False])
+def test_tracing_says_merge_first_and_merged_layers_can_be_traced(grad):
+    """Tried too: a whole BERT, in gating and fixmask, with adapters disabled, and `torch.onnx.export`, which traces."""
+    layer, x = make_layer(nn.Linear(6, 3)).eval(), torch.randn(2, 6)
+    random_diff(layer)
+    with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match="merge first"):
+        torch.jit.trace(layer, x)
+    expected = layer(x)
+    layer.merge()
+    torch.testing.assert_close(torch.jit.trace(layer, x)(x), expected)
+
+
+@pytest.mark.parametrize("gating", [True, False], ids=["gating", "fixmask"])
+@pytest.mark.parametrize(
+    ("base", "x"),
+    [
+        (nn.Linear(6, 3), torch.randn(2, 4, 6)),
+        (nn.Linear(6, 3, bias=False), torch.randn(40, 6)),
+        (nn.Embedding(7, 3), torch.randint(7, (2, 4))),
+        (nn.LayerNorm(6), torch.randn(2, 4, 6)),
+        (nn.Conv1d(6, 3, 1), torch.randn(2, 6, 4)),
+    ],
+    ids=["linear", "no_bias", "embedding", "norm", "conv1d"],
+)
+def test_models_may_write_into_what_a_layer_returns(base, x, gating):
+    """Gradients too are as without writing. Tried too: Hubert, SpeechT5, UniSpeech, Data2Vec with masks over time."""
+    layer = make_layer(base, init_weights=False).train()
+    if not gating:
+        random_diff(layer, k=100)
+    trained, gradients = [p for p in layer.parameters() if p.requires_grad], []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        output = layer(x)
+        if inplace:
+            output += 1
+            output[output > 1] = 0.5
+            torch.relu_(torch.dropout_(output, 0.5, True))
+        else:
+            output = output + 1
+            output = torch.relu(torch.dropout(output.masked_fill(output > 1, 0.5), 0.5, True))
+        gradients.append(torch.autograd.grad(output.square().sum(), trained, allow_unused=True))
+    assert any(gradient is not None and gradient.any() for gradient in gradients[1])
+    torch.testing.assert_close(*gradients)

@@ -159,6 +159,26 @@ def test_a_forward_pass_runs_without_a_cache_and_refuses_one():
         model(input_ids=ids, adapter_names=names, past_key_values=cache)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ({"past_key_values": None}, "past_key_values belongs"),
+        ({"attention_mask": torch.ones(4, 7, dtype=torch.int64)}, "attention_mask longer than the 1 tokens"),
+        ({"mems": [torch.zeros(6, 4, 16)]}, "list cannot be shared"),
+        ({"cache_params": [torch.zeros(4, 16)]}, "list cannot be shared"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else next(iter(value)),
+)
+def test_the_next_step_of_a_decode_loop_is_refused(arguments, what):
+    """A mixed batch returned no cache, so the last token alone would be all that the model sees.
+
+    Tried too: `StaticCache` by position and by name, `use_mems` and `use_cache`, one adapter's name for all rows.
+    """
+    model = adapters(ARCHITECTURES["llama"].make(), target_density=0.2)
+    with pytest.raises(NotImplementedError, match=f"{what}.* use one batch for each adapter"):
+        model(input_ids=torch.full((4, 1), 5), adapter_names=["first", "second"] * 2, **arguments)
+
+
 @pytest.mark.parametrize("rows", [2, 4, 8])
 def test_a_batch_as_large_as_another_dimension(rows):
     """T5's relative positions are (length, length): with as many rows they look like a batch."""
@@ -241,8 +261,8 @@ def test_generation(name, beams):
     assert not any("forward" in vars(module) for module in model.modules()), "nothing stays replaced"
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static", "offloaded", None])
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "sliding_window", "hybrid", "offloaded", None])
+@pytest.mark.parametrize("name", ["llama", "t5", "gemma3", "mamba"])
 def test_generation_with_any_cache(name, cache):
     model = adapters(ARCHITECTURES[name].make(), target_density=0.2)
     ids = torch.randint(3, 50, (5, 6), generator=torch.Generator().manual_seed(2))

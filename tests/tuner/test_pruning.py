@@ -1,9 +1,14 @@
 """An optimizer goes on with new parameters in place of old ones."""
 
+import weakref
+
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
+from diffpeft import DiffPruningConfig
+from diffpeft.tuner import pruning
 from diffpeft.tuner.pruning import check_replaceable, replace_parameters
 
 
@@ -77,3 +82,14 @@ def test_parameters_that_the_optimizer_lacks_cannot_be_replaced(optimizer, param
 def test_parameters_of_any_group_can_be_replaced(optimizer, parameters):
     check_replaceable(optimizer, set(parameters))
     check_replaceable(optimizer, set())
+
+
+def test_memory_is_given_back_when_nothing_holds_w_any_more(monkeypatch):
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), DiffPruningConfig(target_density=0.2, init_weights=False))
+    (w, *_) = [weakref.ref(p) for name, p in model.named_parameters() if "diffpruning_w" in name]
+    alive = []
+    monkeypatch.setattr(pruning, "release_memory", lambda: alive.append(w()))
+    model.base_model.magnitude_prune()
+    assert alive == [None]
+    monkeypatch.undo()
+    pruning.release_memory()

@@ -15,11 +15,12 @@ from diffpeft.trainer.ddp import DDPFinder
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 import torch
 from peft import get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 from diffpeft import DiffPruningCallback, DiffPruningConfig
+from diffpeft.gates.forward_pass import ForwardPass
 
 torch.manual_seed(0)
 base = BertForSequenceClassification(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1,
@@ -32,7 +33,19 @@ shares = []  # of the penalty's own gradient, what reaches the moments of the fi
 rows = [{"input_ids": torch.randint(50, (6,)), "labels": i % 2} for i in range(64)]
 history = []
 
+ragged, seeds, own = "ragged" in sys.argv, {}, ForwardPass.seed
+
+def seed(self, key):
+    found = own(self, key)
+    seeds.setdefault(str(key), []).append(found.tolist())
+    return found
+
+ForwardPass.seed = seed
+
 class Note(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        torch.rand(3 * int(os.environ["RANK"]) * ragged + 1)  # as a dropout on rows of another length
+
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         if not state.global_step:
             moments = {n.replace("exp_avg", "log_alpha"): b for n, b in model.named_buffers() if "exp_avg." in n}
@@ -44,7 +57,8 @@ class Note(TrainerCallback):
         history.append({n: p.detach().double().sum().item() for n, p in trained.items()})
 
 args = TrainingArguments(output_dir=sys.argv[1], max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2,
-    report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False)
+    report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+    gradient_accumulation_steps=1 + ragged)
 class Evaluate(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 4 and "evaluate" in sys.argv:
@@ -55,12 +69,12 @@ trainer = Trainer(model, args, train_dataset=rows, eval_dataset=rows[:8],
 trainer.train()
 diff = {n: (p.tolist(), v.tolist()) for n, (p, v) in model.base_model.get_diff().items()}
 with open(f"{sys.argv[1]}/rank{args.process_index}.json", "w") as file:
-    json.dump({"history": history, "diff": diff, "world": args.world_size, "shares": shares}, file)
+    json.dump({"history": history, "diff": diff, "world": args.world_size, "shares": shares, "seeds": seeds}, file)
 trainer.accelerator.end_training()
 """
 
 
-@pytest.mark.parametrize("extra", [[], ["evaluate"], ["penalty"]])
+@pytest.mark.parametrize("extra", [[], ["evaluate"], ["penalty"], ["ragged"]], ids=str)
 def test_both_ranks_train_the_same_diff(tmp_path, extra):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
@@ -74,6 +88,9 @@ def test_both_ranks_train_the_same_diff(tmp_path, extra):
     assert first["world"] == 2
     assert first["history"] == second["history"]
     assert first["diff"] == second["diff"]
+    assert first["seeds"] == second["seeds"]
+    passes = 8 if "ragged" in extra else 4  # until pruning, each with a noise of its own
+    assert {len(set(map(tuple, found))) for found in first["seeds"].values()} == {passes}
     if "penalty" in extra:
         assert first["shares"] == second["shares"] == pytest.approx([1.0] * len(first["shares"]), abs=1e-5)
     before, after = first["history"][4], first["history"][-1]

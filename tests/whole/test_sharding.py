@@ -13,8 +13,9 @@ from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import BertConfig, BertForSequenceClassification
+from transformers.pytorch_utils import Conv1D
 
 from diffpeft import DiffPruningConfig
 from diffpeft.sparse.sharded import check_whole
@@ -157,3 +158,50 @@ def launched(zero_stage=None, megatron=False, **fsdp):
 
 def test_whole_tensors_pass():
     check_whole(nn.Linear(2, 2).parameters(), "this")
+
+
+class Scaled(nn.Module):
+    """A parameter of its own, as CLIP's logit scale, and a module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.embed, self.module = nn.Embedding(10, 8), module
+        self.scale = nn.Parameter(torch.ones(8))
+        self.looks_up = isinstance(module, nn.Embedding)
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        return (self.module(ids) + hidden if self.looks_up else self.module(hidden)) * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:.*NO_SHARD", "ignore:.*FSDP:FutureWarning", "ignore:.*FullySharded:FutureWarning")
+@pytest.mark.parametrize("mode", ["train", "eval", "no_grad"])
+@pytest.mark.parametrize("gating", [True, False], ids=["gating", "fixmask"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: nn.Linear(8, 8), lambda: nn.Embedding(10, 8), lambda: nn.LayerNorm(8), lambda: Conv1D(8, 8)],
+    ids=["linear", "embedding", "norm", "conv1d"],
+)
+def test_tensors_that_fsdp1_sets_on_a_module_hide_no_diff(process_group, make, gating, mode):
+    """With the model's own parameters too, in the output and in the gradients of the adapter."""
+    torch.manual_seed(0)
+    model = get_peft_model(Scaled(make()), DiffPruningConfig(target_density=0.3, init_weights=False))
+    if not gating:
+        model.base_model.magnitude_prune()
+    model.train(mode == "train")
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = []
+    for sharded in (False, True):
+        wrapped = model
+        if sharded:
+            wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(mode != "no_grad"):
+            output = wrapped(torch.arange(6).view(2, 3))
+        if mode != "no_grad":
+            output.square().sum().backward()
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in parameters.items()}
+        found.append({"output": output.detach().clone(), **gradients})
+        wrapped.zero_grad()
+    torch.testing.assert_close(found[1], found[0])
+    assert mode == "no_grad" or any(gradient.any() for name, gradient in found[0].items() if name != "output")
