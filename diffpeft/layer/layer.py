@@ -231,8 +231,11 @@ class DiffPruningLayer(AdapterTensors):
         """
         own = self._own()
         if self.is_gating(adapter_name):
-            changed = [name for name in self.shapes if self.changes(adapter_name, name)]
-            return {name: Entry(own[name], None, self.delta(adapter_name, name)) for name in changed}
+            return {
+                n: Entry(own[n], None, self.delta(adapter_name, n))
+                for n in self.shapes
+                if self.changes(adapter_name, n)
+            }
         entries = {}
         for name, diff in self.sparse_diffs(adapter_name).items():
             numel, positions = own[name].numel(), diff.positions

@@ -138,7 +138,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             self._rates.begin_fixmask(optimizer, _plain(kwargs["lr_scheduler"]))
         self._tuner, self._settings = tuner, resume.settings(tuner, name)
         self._ddp.watch(model)
-        self._noise = (tuner.all_layers()[0].noise, common_seed()) if gating and args.world_size > 1 else None
+        own_noise = args.world_size > 1 and tuner.phase() == "gating"
+        self._noise = (tuner.all_layers()[0].noise, common_seed()) if own_noise else None
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Share noise between processes; set the learning rate of updates that come within the backward pass."""
