@@ -163,8 +163,7 @@ class DiffPruningLayer(AdapterTensors):
             if done:
                 return output
         own = {n: p for n, p in self.base_layer.named_parameters(recurse=False) if p.is_floating_point()}
-        effective = {name: self.effective(name) for name in own}
-        changed = {name: tensor for name, tensor in effective.items() if tensor is not own[name]}
+        changed = {name: tensor for name in own if (tensor := self.effective(name)) is not own[name]}
         if not changed:
             output = self.base_layer(*args, **kwargs)
         else:
@@ -231,11 +230,8 @@ class DiffPruningLayer(AdapterTensors):
         """
         own = self._own()
         if self.is_gating(adapter_name):
-            return {
-                n: Entry(own[n], None, self.delta(adapter_name, n))
-                for n in self.shapes
-                if self.changes(adapter_name, n)
-            }
+            names = [name for name in self.shapes if self.changes(adapter_name, name)]
+            return {name: Entry(own[name], None, self.delta(adapter_name, name)) for name in names}
         entries = {}
         for name, diff in self.sparse_diffs(adapter_name).items():
             numel, positions = own[name].numel(), diff.positions
