@@ -427,6 +427,35 @@ def test_a_safe_merge_refuses_what_is_not_finite(base, method, damage):
     assert any(layer.merged for layer in layers(model)) == (method == "lora")
 
 
+@pytest.mark.parametrize("situation", ["length", "training", "merged", "unknown", "nan"])
+def test_errors_begin_with_loras_sentence(base, batch, situation):
+    """So what catches LoRA's errors by their text catches ours."""
+    texts = []
+    for method in ("lora", *OURS):
+        model, names = wrap(base(), method), ["one"] * 4
+        if situation == "merged":
+            model.merge_adapter()
+        for p in own(model, "one").values() if situation == "nan" else ():
+            torch.nn.init.constant_(p, torch.nan)
+        names = {"length": names[1:], "unknown": ["nobody", "one", "zed", "one"]}.get(situation, names)
+        model.train(situation == "training")
+        call = {"safe_merge": True} if situation == "nan" else {**batch, "adapter_names": names}
+        with pytest.raises(ValueError, match=r"adapter") as caught:
+            (model.merge_adapter if situation == "nan" else model)(**call)
+        texts.append(str(caught.value))
+    assert all(text.startswith(texts[0].rstrip(".")) for text in texts), texts
+
+
+def test_the_config_that_a_model_was_made_from_stays_the_callers(base):
+    """PEFT keeps the object itself and notes its own findings in it."""
+    given = config("diff_pruning")
+    before = given.to_dict()
+    models = [get_peft_model(base(), given) for _ in range(2)]
+    held = [model.peft_config["default"] for model in models]
+    assert given.to_dict() == before
+    assert len({id(given), *map(id, held)}) == 3
+
+
 @both
 def test_switching_tasks_of_a_merged_model_there_and_back(base, method, batch):
     model = wrap(base(), method, "one", "two")
