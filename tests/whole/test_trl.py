@@ -5,7 +5,7 @@ import torch
 from architectures import ARCHITECTURES
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from diffpeft import DiffPruningCallback, DiffPruningConfig, DiffPruningModel
 
@@ -165,9 +165,80 @@ def test_dpo_of_a_model_with_an_adapter_has_its_copy_as_reference(tmp_path, toke
     assert torch.equal(logits(model), expected)
 
 
-def test_dpo_of_a_model_with_a_finished_adapter_says_what_is_missing(tmp_path, tokenizer):
-    """TRL copies parameters to its reference adapter, and positions are buffers; a `ref_model` needs no copy."""
-    model = get_peft_model(LLAMA.make(), config(init_weights=False))
+@pytest.mark.filterwarnings("ignore:gating lasts")
+def test_dpo_of_a_model_with_a_finished_adapter_has_its_copy_as_reference(tmp_path, tokenizer):
+    """TRL copies parameters to its reference adapter, and positions are buffers; the first pass finds them."""
+    model = get_peft_model(LLAMA.make(), config(init_weights=False, exclude_modules=["lm_head"]))
     model.base_model.magnitude_prune()
-    with pytest.raises(ValueError, match="adapter 'ref': its positions were never loaded"):
-        dpo(tmp_path, tokenizer, model, None, DiffPruningCallback(gating_steps=0), max_steps=2)
+    expected = logits(model)
+    trainer = dpo(tmp_path, tokenizer, model, None, DiffPruningCallback(gating_steps=0), max_steps=4)
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(0.6931, abs=1e-3)
+    assert not torch.equal(logits(model), expected)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), expected)
+
+
+def kto_rows():
+    return datasets.Dataset.from_list(
+        [{"prompt": f"w{i + 4} w5", "completion": f" w{6 + i % 2}", "label": i % 2 == 0} for i in range(32)]
+    )
+
+
+def prompts():
+    return datasets.Dataset.from_list([{"prompt": f"w{i + 4} w5"} for i in range(32)])
+
+
+def reward(completions, **kwargs):
+    return [float(len(set(text.split()))) for text in completions]
+
+
+def trainer_of(kind, path, tokenizer, model):
+    """A trainer of TRL with twelve steps, six of gating."""
+    names = {
+        "KTO": (trl.KTOTrainer, trl.KTOConfig, kto_rows, {}),
+        "GRPO": (
+            trl.GRPOTrainer,
+            trl.GRPOConfig,
+            prompts,
+            {"num_generations": 2, "max_completion_length": 4, "beta": 0.1, "per_device_train_batch_size": 4},
+        ),
+        "RLOO": (
+            trl.RLOOTrainer,
+            trl.RLOOConfig,
+            prompts,
+            {"num_generations": 2, "max_completion_length": 4, "per_device_train_batch_size": 4},
+        ),
+        "Reward": (trl.RewardTrainer, trl.RewardConfig, preferences, {}),
+    }
+    made, settings, rows, own = names[kind]
+    further = {"reward_funcs": reward} if kind in ("GRPO", "RLOO") else {}
+    return made(
+        model=model,
+        args=arguments(settings, path, **own),
+        train_dataset=rows(),
+        processing_class=tokenizer,
+        callbacks=[DiffPruningCallback(gating_steps=0 if model.base_model.phase() == "fixmask" else 8)],
+        **further,
+    )
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["fresh", "finished"])
+@pytest.mark.parametrize("kind", ["KTO", "GRPO", "RLOO", "Reward"])
+def test_other_trainers_go_through_all_phases_or_train_a_finished_adapter_on(tmp_path, tokenizer, kind, finished):
+    if kind == "Reward":
+        base = LlamaForSequenceClassification(LlamaConfig(**{**LLAMA.make().config.to_dict(), "num_labels": 1}))
+        model = get_peft_model(base, config(task_type="SEQ_CLS", init_weights=not finished))
+    else:
+        model = get_peft_model(LLAMA.make(), config(init_weights=not finished, exclude_modules=["lm_head"]))
+    if finished:
+        model.base_model.magnitude_prune()
+    trainer = trainer_of(kind, tmp_path, tokenizer, model)
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if "diffpruning_values.default" in n}
+    trainer.train()
+    tuner = DiffPruningModel.of(trainer.model)
+    assert tuner.phase("default") == "fixmask"
+    assert tuner.num_nonzeros("default") == round(0.1 * tuner.num_base_parameters())
+    after = {n: p for n, p in model.named_parameters() if "diffpruning_values.default" in n}
+    assert after
+    assert not finished or any(not torch.equal(before[name], after[name]) for name in before)
