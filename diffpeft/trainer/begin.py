@@ -1,14 +1,13 @@
-"""What a run settles before its first step: the adapter, the length of gating, positions chosen before training."""
+"""What a run settles before its first step: the length of gating, and positions that are chosen before training."""
 
 import itertools
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments
-
-from diffpeft.model import DiffPruningModel
 
 MIN_GATING_STEPS = 8
 """Fewer steps of gating are too few for gates to end near the target density."""
@@ -16,27 +15,12 @@ SELECTION_BATCHES = 8
 """Batches that `selection="gradient"` takes gradients of."""
 
 
-def tuner_of(model: Any, state: TrainerState, callback: object) -> DiffPruningModel:
-    """The tuner that a callback trains. ValueError where there is none, or the Trainer has two such callbacks."""
-    tuner = DiffPruningModel.of(model)
-    if tuner is None:
-        raise ValueError(
-            f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}) or in it; "
-            "wrap it first: model = get_peft_model(model, DiffPruningConfig())"
-        )
-    if isinstance(state.stateful_callbacks.get(type(callback).__name__), list):
-        raise ValueError("the Trainer has two DiffPruningCallbacks, which would both move the gates; give it one")
-    return tuner
-
-
-def is_chosen_before_training(tuner: DiffPruningModel) -> bool:
+def is_chosen_before_training(tuner: BaseTuner) -> bool:
     """Whether the adapter has no gating phase to choose its positions in."""
     return not tuner.peft_config[tuner.resolve(None)].chosen_in_training
 
 
-def choose_positions(
-    tuner: DiffPruningModel, model: nn.Module, args: TrainingArguments, batches: Any, optimizer: Any
-) -> str:
+def choose_positions(tuner: BaseTuner, model: nn.Module, args: TrainingArguments, batches: Any, optimizer: Any) -> str:
     """Choose the adapter's positions by the gradients of the first batches; the line that says so.
 
     Raises:
@@ -58,7 +42,7 @@ def choose_positions(
     return f"{summary.kept} of {summary.total} parameters chosen by the gradients of {len(first)} batches"
 
 
-def check_gating(tuner: DiffPruningModel, steps: int, state: TrainerState) -> None:
+def check_gating(tuner: BaseTuner, steps: int, state: TrainerState) -> None:
     """Raise ValueError where gating of so many steps does not fit run and adapter; warn where it is too short."""
     gating = tuner.phase() == "gating"
     if steps > state.max_steps:

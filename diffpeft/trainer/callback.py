@@ -19,7 +19,7 @@ from diffpeft.gates.forward_pass import ForwardPass
 from diffpeft.gates.update.in_backward import InBackward
 from diffpeft.model import DiffPruningModel
 from diffpeft.trainer import resume
-from diffpeft.trainer.begin import check_gating, choose_positions, is_chosen_before_training, tuner_of
+from diffpeft.trainer.begin import check_gating, choose_positions, is_chosen_before_training
 from diffpeft.trainer.ddp import DDPFinder, common_seed
 from diffpeft.trainer.launch import check_launch
 from diffpeft.trainer.learning_rate import USED_RATE_ATTRIBUTE, RateSchedule, rates_of_diff
@@ -107,7 +107,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Check that model, run and checkpoint fit together, before any work is done."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
-        tuner = tuner_of(model, state, self)
+        tuner = _tuner_of(model, state, self)
         low_memory, before_training = _is_low_memory(tuner), is_chosen_before_training(tuner)
         if before_training and tuner.phase() == "gating" and not state.global_step:
             self._show(args, state, choose_positions(tuner, model, args, kwargs["train_dataloader"], optimizer))
@@ -237,6 +237,19 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 stacklevel=2,
             )
             tuner.magnitude_prune()
+
+
+def _tuner_of(model: Any, state: TrainerState, callback: object) -> DiffPruningModel:
+    """The tuner that a callback trains. ValueError where there is none, or the Trainer has two such callbacks."""
+    tuner = DiffPruningModel.of(model)
+    if tuner is None:
+        raise ValueError(
+            f"DiffPruningCallback found no diff-pruning adapter on the model ({type(model).__name__}) or in it; "
+            "wrap it first: model = get_peft_model(model, DiffPruningConfig())"
+        )
+    if isinstance(state.stateful_callbacks.get(type(callback).__name__), list):
+        raise ValueError("the Trainer has two DiffPruningCallbacks, which would both move the gates; give it one")
+    return tuner
 
 
 def _plain(scheduler: Any) -> Any:

@@ -308,7 +308,7 @@ def test_gradients_that_are_not_finite_end_training_before_they_do_harm(tiny_ber
                 model.base_model.model.bert.pooler.register_forward_hook(lambda m, i, o: o * torch.nan)
 
     spoil = Spoil()
-    trainer = make_trainer(tiny_bert, tmp_path, extra=[spoil], config={"gated": gated})
+    trainer = make_trainer(tiny_bert, tmp_path, extra=[spoil], config={"selection": "gates" if gated else "magnitude"})
     with pytest.raises(
         FloatingPointError, match=f"the gradients of step {step} are NaN or infinite; the model is as it"
     ):

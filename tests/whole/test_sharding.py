@@ -81,7 +81,7 @@ def test_what_needs_whole_parameters_says_so(process_group):
     model = fully_shard(pruned(gated=True))
     with pytest.raises(ValueError, match=r"gate_step needs whole parameters, but FSDP has sharded .* gating_steps=0"):
         model.base_model.gate_step(0, 10)
-    with pytest.raises(ValueError, match="magnitude_prune needs whole parameters"):
+    with pytest.raises(ValueError, match="choosing positions needs whole parameters"):
         model.base_model.magnitude_prune()
     with pytest.raises(ValueError, match="wrapping a model needs whole parameters"):
         get_peft_model(fully_shard(pruned().unload()), DiffPruningConfig(task_type="SEQ_CLS"))
@@ -114,7 +114,9 @@ def test_a_state_dict_of_whole_tensors_is_what_is_saved(process_group, tmp_path)
 
 
 def arguments(**changes):
-    return SimpleNamespace(**{"n_gpu": 1, "fp16": False, "max_grad_norm": 1.0, "fsdp": None, **changes})
+    return SimpleNamespace(
+        **{"n_gpu": 1, "optim": "adamw_torch", "fp16": False, "max_grad_norm": 1.0, "fsdp": None, **changes}
+    )
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,7 @@ def test_mixed_batches_after_another_adapter_wraps_more():
     )
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_saving_embeddings_that_hold_the_diff_is_refused(tmp_path):
     model = finished(ARCHITECTURES["llama"].make(), target_modules=["embed_tokens", "q_proj"])
     model.merge_adapter()
