@@ -7,7 +7,8 @@ asked.
 import math
 
 import pytest
-from trainers import Rows, arguments, make_trainer
+import torch
+from trainers import Rows, arguments, make_trainer, peft_model
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -85,3 +86,28 @@ def test_every_schedule_trains_within_the_rates_that_were_asked(tiny_bert, tmp_p
 @pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
 def test_bf16_trains_like_fp32(tiny_bert, tmp_path, name, schedule):
     check(*run(tiny_bert, tmp_path, optim=name, lr_scheduler_type=schedule, bf16=True))
+
+
+@pytest.mark.parametrize("phase", ["gating", "fixmask"])
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "Adagrad", "RMSprop", "Adafactor"])
+def test_a_step_that_a_gradient_scaler_skips_moves_nothing(tiny_bert, batch, phase, kind):
+    model = peft_model(tiny_bert).train()
+    tuner = model.base_model
+    if phase == "fixmask":
+        tuner.magnitude_prune()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = getattr(torch.optim, kind)(trained, lr=1e-2)
+    for scale, moves in ((3e38, False), (1.0, True)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        before = [parameter.detach().clone() for parameter in trained]
+        with torch.autocast("cpu", torch.float16):
+            loss = model(**batch()).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if phase == "gating":
+            assert math.isnan(tuner.gate_step(4, 8)) is not moves
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        moved = [not torch.equal(a, b) for a, b in zip(before, trained, strict=True)]
+        assert any(moved) is moves
