@@ -172,6 +172,7 @@ def as_in_training(model: PreTrainedModel, reentrant: bool | None, inplace: bool
 @pytest.mark.filterwarnings(
     "ignore:.gradient_checkpointing_enable. is deprecated", "ignore:None of the inputs have requires_grad"
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "checkpointed"])
 @each_architecture
 def test_everything_that_models_do_in_training_goes_with_a_diff(name, reentrant):

@@ -58,6 +58,7 @@ def check(made, used):
     assert max(used) <= RATE * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name.value for name in OptimizerNames])
 def test_every_optimizer_trains_through_all_phases_or_is_refused_before(tiny_bert, tmp_path, name):
     if any(part in name for part in REFUSED):
@@ -73,6 +74,7 @@ def test_every_optimizer_trains_through_all_phases_or_is_refused_before(tiny_ber
     check(*run(tiny_bert, tmp_path, optim=name, **extra))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("warmup", [0, 4, 12], ids="warm-up {}".format)
 @pytest.mark.parametrize("name", [name.value for name in SchedulerType])
 def test_every_schedule_trains_within_the_rates_that_were_asked(tiny_bert, tmp_path, name, warmup):
@@ -82,6 +84,7 @@ def test_every_schedule_trains_within_the_rates_that_were_asked(tiny_bert, tmp_p
     assert all(math.isfinite(rate) and rate >= 0 for rate in used)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear", "cosine_with_restarts"])
 @pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
 def test_bf16_trains_like_fp32(tiny_bert, tmp_path, name, schedule):
