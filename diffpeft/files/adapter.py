@@ -215,7 +215,7 @@ def verify_heads(tensors: Mapping[str, Tensor], checksum: int | None) -> dict[st
 
 
 def check_written(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for what no reader would accept, as far as that shows without the shapes of the base model."""
+    """Raise ValueError for heads or checksums that a reader would refuse; shapes of the base model are not needed."""
     verify_heads(tensors, None)
     if any(f".{keys.VALUES}." in key for key in tensors):
         for name, (stored, buffer) in _pairs(tensors).items():

@@ -1,7 +1,7 @@
 """A few weights that identify a base model: a diff has a meaning only on the weights that it was made from."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -19,17 +19,20 @@ def take(parameters: Mapping[str, Tensor]) -> Fingerprint:
     return {name: base64.b64encode(sample.numpy().tobytes()).decode() for name, sample in taken.items()}
 
 
-def differing(fingerprint: Fingerprint, parameters: Mapping[str, Tensor]) -> list[str]:
+def differing(
+    fingerprint: Fingerprint, parameters: Mapping[str, Tensor], new_last_rows: Collection[str] = ()
+) -> list[str]:
     """Names of the parameters whose weights are not those of the fingerprint, among those that both have.
 
-    Weights that were only rounded to another dtype are the same.
+    Weights that were only rounded to another dtype are the same. The last sample of parameters in `new_last_rows` is
+    not compared: it may belong to a word that was added to the vocabulary, whose row was made at random.
     """
     found = []
     for name in fingerprint.keys() & parameters.keys():
         told = torch.frombuffer(bytearray(base64.b64decode(fingerprint[name])), dtype=torch.float32)
         sample = _sample(parameters[name], told.numel())
-        if len(sample) > 1:
-            told, sample = told[:-1], sample[:-1]  # of embeddings the last row may be a new word's, made at random
+        if name in new_last_rows and len(sample) > 1:
+            told, sample = told[:-1], sample[:-1]
         dtypes = {parameters[name].dtype, torch.float32, torch.bfloat16, torch.float16}
         if not any(torch.equal(told.to(d).float(), sample) or torch.equal(told, sample.to(d).float()) for d in dtypes):
             found.append(name)

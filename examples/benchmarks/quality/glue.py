@@ -158,7 +158,7 @@ def run(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
         rows = train.shuffle(seed=setting.seed).select_columns(columns)
         batches = [collator([rows[32 * b + i] for i in range(32)]) for b in range(SELECTION_BATCHES)]
         model.base_model.select_positions(batches, lambda batch: model(**batch).loss)
-        callbacks = [DiffPruningCallback(gating_steps=0)]
+        callbacks = [DiffPruningCallback(gating_steps=0, fixmask_learning_rate=setting.learning_rate)]
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
