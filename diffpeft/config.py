@@ -2,9 +2,11 @@
 """The configuration of a diff-pruning adapter."""
 
 import copy
+import inspect
 import math
 import tempfile
-from dataclasses import dataclass, field
+import textwrap
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +52,12 @@ def _field(default: Any, about: str, decides_run: bool = True) -> Any:
 
 @dataclass
 class DiffPruningConfig(PeftConfig):
-    """Configuration of [`DiffPruningModel`] (arXiv 2012.07463).
+    """Settings of a diff-pruning adapter: its budget, its parameters, how positions are chosen (arXiv 2012.07463).
 
-    `DiffPruningConfig(task_type=...)` is all that a fine-tuning run needs; `docs/flags.md` relates the fields to the
-    flags of the authors' released scripts.
+    `DiffPruningConfig(task_type=...)` is all that a run needs: "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "CAUSAL_LM",
+    "SEQ_2_SEQ_LM" or "FEATURE_EXTRACTION"; for other tasks leave it out. PEFT's own fields are as in every config.
+
+    Args:
     """
 
     target_modules: list[str] | set[str] | str | None = _field(
@@ -209,6 +213,11 @@ class DiffPruningConfig(PeftConfig):
         if isinstance(contents.get("stretch"), list):
             contents["stretch"] = tuple(contents["stretch"])
         return contents
+
+
+_FIELDS = (f"{one.name}: {one.metadata['help']}" for one in fields(DiffPruningConfig) if "decides_run" in one.metadata)
+_LINES = (textwrap.indent(textwrap.fill(text, 112, subsequent_indent="    "), "    ") for text in _FIELDS)
+DiffPruningConfig.__doc__ = "\n".join([inspect.cleandoc(DiffPruningConfig.__doc__ or ""), *_LINES])  # for help()
 
 
 def check_density(density: float) -> None:

@@ -3,8 +3,11 @@
 import copy
 import dataclasses
 import importlib
+import inspect
 import json
 import pickle
+import pydoc
+import re
 
 import pytest
 from peft import PeftConfig, get_peft_model
@@ -13,7 +16,7 @@ from peft.utils import PeftType
 from transformers import trainer
 
 import diffpeft
-from diffpeft import DiffPruningConfig, DiffPruningModel
+from diffpeft import DiffPruningCallback, DiffPruningConfig, DiffPruningModel
 from diffpeft.trainer.logs import DiffPruningLogCallback
 
 NAN, INF = float("nan"), float("inf")
@@ -175,3 +178,16 @@ def test_peft_builds_the_tuner_of_the_configuration(tiny_bert, batch):
     assert model.active_peft_config.peft_type is PeftType.DIFFPRUNING
     model(**batch()).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("kind", [DiffPruningConfig, DiffPruningCallback])
+def test_help_names_and_describes_every_field(kind):
+    shown = " ".join(pydoc.plain(pydoc.render_doc(kind)).replace("|", " ").split())
+    if kind is DiffPruningConfig:
+        own = {one.name: one.metadata["help"] for one in dataclasses.fields(kind) if "decides_run" in one.metadata}
+        assert {"target_modules", "target_density", "selection", "low_memory", "value_dtype"} <= own.keys()
+        assert all(f" {name}: {about}" in shown for name, about in own.items())
+    else:
+        told = shown.partition(" Args: ")[2].partition(" Raises: ")[0]
+        names = list(inspect.signature(kind).parameters)
+        assert all(re.search(rf"(^| ){name}: \w", told) for name in names), names

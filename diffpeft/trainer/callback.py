@@ -36,10 +36,11 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
 
     Args:
         gating_ratio: gating's share of the run's steps, in (0, 1].
-        gating_steps: gating's length in optimizer steps, instead of a share. 0 only trains an adapter that is pruned.
-        fixmask_learning_rate: the highest learning rate of fixmask, which the schedule's highest from there on becomes;
-            of several groups, that of the fastest with parts of the diff, and others keep their ratio to it. None:
-            `FIXMASK_FACTOR` times their rate in gating; with `gating_steps=0` the run's schedule as it is.
+        gating_steps: gating's length in optimizer steps, instead of a share. 0: no gating, for an adapter that is
+            pruned already.
+        fixmask_learning_rate: the highest learning rate of fixmask, to which the rest of the run's schedule is scaled,
+            in all parameter groups alike. With the automatic penalty the rate rises to it in gating. None:
+            `FIXMASK_FACTOR` times the run's learning rate; with `gating_steps=0` the run's schedule as it is.
         fixmask_warmup_steps: steps over which fixmask's learning rate rises to that, in equal parts; below 1 a share of
             fixmask.
 
