@@ -17,7 +17,7 @@ from diffpeft.files.stored_diff import StoredDiff
 from diffpeft.gates import hard_concrete as gates
 from diffpeft.gates.update.held import GATING_BUFFERS, UpdateStatus
 from diffpeft.layer.initial import GATING_PARAMETERS, fixmask_tensors, gating_tensors
-from diffpeft.layer.wrapped import device_of, features, is_offloaded, keeping_dtype, own_shapes, quantization_backend
+from diffpeft.layer.wrapped import device_of, is_offloaded, keeping_dtype, own_shapes, quantization_backend
 
 _generations = itertools.count()
 
@@ -51,7 +51,6 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         self.shapes = {name: shape for name, shape in own_shapes(base_layer).items() if name not in ties}
         """Shapes of the parameters that this layer adapts, by their name in the module."""
         self.quantization_backend = quantization_backend(base_layer)  # PEFT reads it
-        self.__dict__.update(features(base_layer))
         self.quantized = self.quantization_backend is not None
         """Whether the wrapped module's weight is quantised, so that a diff cannot be added to it."""
         for name in self.all_names:

@@ -10,15 +10,6 @@ from accelerate.hooks import AlignDevicesHook
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 
-FEATURE_NAMES = (("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"), ("nx", "nf"))
-"""Names that modules other than linear layers have for what PEFT calls `in_features` and `out_features`."""
-
-
-def features(module: nn.Module) -> dict[str, int]:
-    """`in_features` and `out_features` of a module that has them under other names; else nothing."""
-    names = next((names for names in FEATURE_NAMES if hasattr(module, names[0])), ())
-    return {key: getattr(module, name) for key, name in zip(("in_features", "out_features"), names, strict=False)}
-
 
 def own_shapes(module: nn.Module) -> dict[str, torch.Size]:
     """Shapes of the parameters that a diff can be added to, by their names in the module, without its children's.
