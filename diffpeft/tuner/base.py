@@ -128,7 +128,7 @@ class DiffPruningTuner(BaseTuner):
         before = self.all_layers()
         self._injection = injection.Injection(model, before)
         try:
-            with warnings.catch_warnings(), injection.no_garbage_collection():
+            with warnings.catch_warnings():
                 if isinstance(self._check_target_module_exists(config, RootParameters.NAME), _ExcludedModule):
                     # PEFT does not know of these parameters and takes the exclusion for a mistake.
                     warnings.filterwarnings("ignore", "You have passed exclude_modules")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TaskType
@@ -76,18 +74,6 @@ class Injection:
 
     def _own(self, layer: DiffPruningLayer) -> None:
         self._owners.update({id(parameter): (layer, name) for name, parameter in layer.own_parameters().items()})
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Switch Python's garbage collection off for a block that makes thousands of objects, all of which stay."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
