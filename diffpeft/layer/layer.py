@@ -49,8 +49,6 @@ class DiffPruningLayer(AdapterTensors):
         """Modules that have a parameter of this layer too and are not adapted, by the parameter's name."""
         self.tied_layers: dict[str, list[DiffPruningLayer]] = {}
         """Layers that have a parameter of this layer as a tie, by its name."""
-        self.overwritable = run.Overwritable()
-        """Whether a pass may overwrite entries of the module's parameters for as long as it runs."""
         self._merges = MergeStack()
         self._running: dict[str, tuple[Tensor, Tensor]] = {}  # while the module runs: effective and plain parameters
         self.train(base_layer.training)
