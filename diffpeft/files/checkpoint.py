@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -159,22 +159,6 @@ class Checkpoint:
                 f"{self.label} lacks {len(lost)} parameters of {type(self.model).__name__}, {lost[:3]}, or has them in "
                 "another shape, and from_pretrained draws them at random; load it, save it and use what was saved"
             )
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """A checkpoint's tensors, each read when it is asked for; `names` has their names in it by those here."""
-
-    def __init__(self, checkpoint: Checkpoint, names: dict[str, str]) -> None:
-        self.checkpoint, self.names = checkpoint, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.checkpoint.load(self.names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def open_checkpoint(source: Source, model: PreTrainedModel | None = None) -> Checkpoint:

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffpeft.config import DiffPruningConfig, check_density
 from diffpeft.files import fingerprint
 from diffpeft.files.adapter import write_adapter
-from diffpeft.files.checkpoint import Checkpoint, LazyTensors, Source, open_as, open_checkpoint
+from diffpeft.files.checkpoint import Checkpoint, Source, open_as, open_checkpoint
 from diffpeft.files.encoding import check_dtype, rounded
 from diffpeft.sparse.diff import Diff, count_nonzeros
 from diffpeft.sparse.top_k import Scores, global_threshold, select
@@ -97,7 +97,7 @@ def extract_diff(
             modules_to_save=found.modules or None,
             exclude_modules=(exclude if isinstance(exclude, str) else list(exclude)) or None,
             value_dtype=value_dtype,
-            base_fingerprint=fingerprint.take(LazyTensors(found.old, found.compared)),
+            base_fingerprint=fingerprint.take(found.compared, lambda name: found.old.load(found.compared[name])),
         )
         shapes = {name: found.new.parameters[name] for name in found.compared}
         write_adapter(output, config, extraction.diff, shapes, extraction.heads)

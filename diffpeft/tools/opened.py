@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 
 from diffpeft.files import fingerprint
 from diffpeft.files.adapter import read_adapter, read_config
-from diffpeft.files.checkpoint import Checkpoint, LazyTensors, open_checkpoint, stored_tensors
+from diffpeft.files.checkpoint import Checkpoint, open_checkpoint, stored_tensors
 from diffpeft.files.keys import heads_of
 from diffpeft.files.skeleton import adapted_model, floating_shapes, true_heads
 
@@ -103,9 +103,9 @@ class OpenedAdapter:
         if "checkpoint" not in self.__dict__ and not Path(self.base).is_dir():
             return
         told = [name for name in self.config.base_fingerprint or {} if name not in self.whole]
-        here = {name: name for name in told if self.checkpoint.units_of(name)}
+        here = {name for name in told if self.checkpoint.units_of(name)}
         other = [] if self.model is None else [name for name in told if name not in here]
-        other += fingerprint.differing(self.config.base_fingerprint or {}, LazyTensors(self.checkpoint, here))
+        other += fingerprint.differing(self.config.base_fingerprint or {}, here, self.checkpoint.load)
         if other:
             raise ValueError(
                 f"{self.name} was made from other weights than {self.base}: {len(other)} parameters differ or "

@@ -67,7 +67,8 @@ class DiffPruningTuner(BaseTuner):
 
     def differing_base(self, adapter_name: str, base_fingerprint: fingerprint.Fingerprint) -> list[str]:
         """Names of the base parameters under an adapter that are not those of the fingerprint."""
-        return fingerprint.differing(base_fingerprint, injection.known_parameters(self.layers_of(adapter_name)))
+        parameters = injection.known_parameters(self.layers_of(adapter_name))
+        return fingerprint.differing(base_fingerprint, parameters, parameters.__getitem__)
 
     # Injection
 

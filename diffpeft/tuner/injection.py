@@ -181,9 +181,9 @@ def check_base(layers: Sequence[DiffPruningLayer], adapter_name: str, config: Di
     """Note the base model's fingerprint in the config, or warn if the diff was made from another base."""
     parameters = known_parameters(layers)
     if config.base_fingerprint is None:
-        config.base_fingerprint = fingerprint.take(parameters)
+        config.base_fingerprint = fingerprint.take(parameters, parameters.__getitem__)
         return
-    other = fingerprint.differing(config.base_fingerprint, parameters)
+    other = fingerprint.differing(config.base_fingerprint, parameters, parameters.__getitem__)
     if other:
         warnings.warn(
             f"adapter {adapter_name!r} was made from other base weights: {len(other)} of {len(parameters)} parameters "
