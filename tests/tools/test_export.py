@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from diffpeft import DiffPruningConfig
 from diffpeft.files.keys import base_model_key
+from diffpeft.tools import export
 from diffpeft.tools.export import (
     from_coo,
     from_shira,
@@ -291,7 +292,8 @@ def load_patches(tensors, patches):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama_tied", "bert", "bloom"])
-def test_a_merged_checkpoint_is_what_merging_saves_to_the_bit(tmp_path, name, dtype):
+def test_a_merged_checkpoint_is_what_merging_saves_to_the_bit(tmp_path, monkeypatch, name, dtype):
+    monkeypatch.setattr(export.checkpoint, "MAX_SHARD_BYTES", 9000)
     architecture(name, dtype).save_pretrained(tmp_path / "base", max_shard_size="9kB")
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
     (tmp_path / "base" / "pytorch_model.bin").write_text("old weights")
@@ -311,9 +313,12 @@ def test_a_merged_checkpoint_is_what_merging_saves_to_the_bit(tmp_path, name, dt
     expected = shards(tmp_path / "merged")
     assert equal_tensors(shards(tmp_path / "of_directory"), expected)
     assert equal_tensors(shards(tmp_path / "of_model"), expected)
-    files = {file.name for file in (tmp_path / "of_directory").iterdir()}
-    assert files == {file.name for file in (tmp_path / "base").iterdir()} - {"pytorch_model.bin"}
-    assert len([file for file in files if file.endswith(".safetensors")]) > 1
+    files = {file.name for file in (tmp_path / "of_directory").iterdir() if file.suffix != ".safetensors"}
+    left = {"pytorch_model.bin"}
+    assert files == {file.name for file in (tmp_path / "base").iterdir() if file.suffix != ".safetensors"} - left
+    assert len([*(tmp_path / "of_directory").glob("*.safetensors")]) > 1
+    loaded = type(plain).from_pretrained(tmp_path / "of_directory").state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
     patched = shards(tmp_path / "base")
     load_patches(patched, patches)
     patched.update(heads)
