@@ -1,4 +1,4 @@
-"""What a run settles before its first step: the length of gating, and positions that are chosen before training."""
+"""What a run settles before its first step: its optimizer, the length of gating, positions chosen before training."""
 
 import itertools
 import warnings
@@ -7,7 +7,10 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import TrainerState, TrainingArguments
+
+from diffpeft.sparse.sharded import is_sharded
 
 MIN_GATING_STEPS = 8
 """Fewer steps of gating are too few for gates to end near the target density."""
@@ -40,6 +43,21 @@ def choose_positions(tuner: BaseTuner, model: nn.Module, args: TrainingArguments
     first = list(itertools.islice(batches, SELECTION_BATCHES))
     summary = tuner.select_positions(first, loss_of, optimizer=optimizer)
     return f"{summary.kept} of {summary.total} parameters chosen by the gradients of {len(first)} batches"
+
+
+def check_optimizer(optimizer: Any, tuner: BaseTuner, adapter_name: str) -> None:
+    """Raise ValueError unless the optimizer holds the adapter's parameters, which pruning and loading replace."""
+    plain = getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
+    if not isinstance(plain, Optimizer):  # DeepSpeed's holds others in their place
+        return
+    held = {parameter for group in plain.param_groups for parameter in group["params"]}
+    own = [p for layer in tuner.layers_of(adapter_name) for p in layer.adapter_parameters(adapter_name)]
+    missing = sum(1 for p in own if p.requires_grad and p not in held)
+    if missing and not any(is_sharded(parameter) for parameter in own):
+        raise ValueError(
+            f"the optimizer does not hold {missing} of the {len(own)} parameters of adapter {adapter_name!r}, "
+            "which was pruned, loaded or added after the optimizer was made; make a new Trainer for this run"
+        )
 
 
 def check_gating(tuner: BaseTuner, steps: int, state: TrainerState) -> None:
