@@ -97,7 +97,7 @@ def extract_diff(
             modules_to_save=found.modules or None,
             exclude_modules=(exclude if isinstance(exclude, str) else list(exclude)) or None,
             value_dtype=value_dtype,
-            base_fingerprint=fingerprint.take(found.compared, lambda name: found.old.load(found.compared[name])),
+            base_fingerprint=fingerprint.take(found.compared, found.old.load),
         )
         shapes = {name: found.new.parameters[name] for name in found.compared}
         write_adapter(output, config, extraction.diff, shapes, extraction.heads)
@@ -154,10 +154,10 @@ class _Differences:
         delta = self._buffer[: self.new.parameters[name].numel()]
         changed = self.new.load(name)
         if changed.dtype == torch.float64:
-            return delta.copy_((changed - self.old.load(self.names[name]).to(changed.device)).reshape(-1))
+            return delta.copy_((changed - self.old.load(name).to(changed.device)).reshape(-1))
         delta.copy_(changed.reshape(-1))
         del changed
-        return delta.sub_(self.old.load(self.names[name]).reshape(-1).to("cpu"))
+        return delta.sub_(self.old.load(name).reshape(-1).to("cpu"))
 
     def scores(self, name: str) -> Scores:
         """A function that gives the magnitudes of [`of`]."""

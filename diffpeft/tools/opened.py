@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -72,7 +71,7 @@ class OpenedAdapter:
         whole = {name: like.shape for name, like in heads_of(stored).items()}
         self.model = adapted_model(directory, config, config.nnz_pattern or {}, whole)
         if self.model is None:
-            shapes = _match_names(self.checkpoint.parameters, config.nnz_pattern or {})
+            shapes = self.checkpoint.parameters
         else:
             if Path(self.base).is_dir():
                 self.checkpoint  # noqa: B018 - it unties the model where the files do
@@ -111,12 +110,3 @@ class OpenedAdapter:
                 f"{self.name} was made from other weights than {self.base}: {len(other)} parameters differ or "
                 f"are not there, {other[:3]}; give its own base with --base, or go on with --force"
             )
-
-
-def _match_names(shapes: dict[str, torch.Size], nnz: dict[str, int]) -> dict[str, torch.Size]:
-    """Shapes by the adapter's names, which begin with the backbone's name where the base is a bare backbone."""
-    for name in sorted(nnz.keys() - shapes.keys()):
-        prefix, _, rest = name.partition(".")
-        if rest in shapes:
-            return {f"{prefix}.{key}": shape for key, shape in shapes.items()}
-    return shapes
