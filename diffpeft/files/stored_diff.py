@@ -80,7 +80,7 @@ class StoredDiff:
     def positions(self) -> Tensor:
         """Sorted flat positions of the nonzeros, int64, shape (k,). ValueError if never loaded or damaged."""
         packed, decoded = self.packed, self._decoded
-        # A compiler cannot trace versions; `forget` sees to it that a compiled step has nothing stale.
+        # A compiler cannot trace versions; a layer forgets diffs whose tensors it replaces, so that none is stale.
         compiling = torch.compiler.is_compiling()
         if decoded is None or decoded.packed is not packed or not (compiling or decoded.version == _version(packed)):
             decoded = self._note_unpacked() if compiling else self._decode()
@@ -124,10 +124,6 @@ class StoredDiff:
 
     def _note_unpacked(self) -> _Decoded:
         return self.note(self.packed, encoding.unpack(self.packed, self.count, self.shape.numel()))
-
-    def forget(self) -> None:
-        """Decode again when the diff is next used."""
-        self._decoded = self._pattern = None
 
     def _decode(self) -> _Decoded:
         self._find_original()

@@ -72,10 +72,6 @@ class Workspace:
             return None
         return buffer[: shape.numel()].view(shape)
 
-    def uses(self) -> set[Hashable]:
-        """The uses that memory is reserved for now."""
-        return set(self._reservations)
-
     def clear(self) -> None:
         """Let go of the memory."""
         self._buffers, self._reservations = {}, {}

@@ -18,7 +18,7 @@ from diffpeft.layer import run
 from diffpeft.layer.find import layers_in
 from diffpeft.layer.merging import MergeStack, check_mergeable
 from diffpeft.layer.tensors import AdapterTensors
-from diffpeft.layer.wrapped import has_hook, is_offloaded, run_onloaded, take_hiding
+from diffpeft.layer.wrapped import is_offloaded, run_onloaded, take_hiding
 from diffpeft.sparse.functions import sparse_parameter
 from diffpeft.sparse.inplace import Entry
 from diffpeft.sparse.sharded import check_whole
@@ -144,7 +144,7 @@ class DiffPruningLayer(AdapterTensors):
         if self._merges:
             if self._disable_adapters:
                 self.unmerge()
-            elif not has_hook(self.base_layer):
+            elif "_hf_hook" not in self.base_layer.__dict__:  # Accelerate's, around the module's forward
                 return self.base_layer(*args, **kwargs)
         if is_offloaded(self.base_layer):
             containers = [tensors for name in self.all_names for tensors in getattr(self, name).values()]

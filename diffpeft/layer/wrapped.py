@@ -41,11 +41,6 @@ def is_offloaded(module: nn.Module) -> bool:
     return isinstance(hook, AlignDevicesHook) and bool(hook.offload)
 
 
-def has_hook(module: nn.Module) -> bool:
-    """Whether Accelerate has put a hook around the module's forward."""
-    return "_hf_hook" in module.__dict__
-
-
 def device_of(module: nn.Module) -> torch.device:
     """The device of the module's own tensors, or the one that offloaded ones are brought to."""
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]

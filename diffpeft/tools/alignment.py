@@ -31,7 +31,9 @@ def align_models(old: Checkpoint, new: Checkpoint, exclude: Sequence[str] | str)
     Raises ValueError where [`extract_diff`] does, of which this is the first step.
     """
     # What is one tensor there and two in the base has two diffs.
-    new.parameters.update({n: s for n, s in new.tied.items() if _is_apart(n, old, new)})
+    for name, shape in new.tied.items():
+        if name in old.parameters and not any(one in new.parameters for one in old.aliases[name]):
+            new.parameters[name] = shape
     shapes = {**old.others, **old.tied, **old.parameters}
     modules = _whole_modules(old, new, shapes)
     body = [name for name in new.parameters if not inside(name, modules)]
@@ -47,11 +49,6 @@ def align_models(old: Checkpoint, new: Checkpoint, exclude: Sequence[str] | str)
     total = sum(new.parameters[name].numel() for name in body)
     only_in_old = [name for name in (*old.parameters, *old.unused) if name not in new.parameters]
     return Alignment(old, new, modules, compared, total, only_in_old)
-
-
-def _is_apart(name: str, old: Checkpoint, new: Checkpoint) -> bool:
-    """Whether the old model has a tensor of its own for a tied parameter of the new one."""
-    return name in old.parameters and not any(one in new.parameters for one in old.aliases[name])
 
 
 def inside(name: str, modules: Sequence[str]) -> bool:

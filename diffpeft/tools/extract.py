@@ -1,7 +1,7 @@
 """Extract a pruned adapter from a fully fine-tuned model: its largest differences from the base, without training."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from diffpeft.config import DiffPruningConfig, check_density
 from diffpeft.files import fingerprint
 from diffpeft.files.adapter import write_adapter
-from diffpeft.files.checkpoint import Checkpoint, Source, open_as, open_checkpoint
+from diffpeft.files.checkpoint import Source, open_as, open_checkpoint
 from diffpeft.files.encoding import check_dtype, rounded
 from diffpeft.sparse.diff import Diff, count_nonzeros
 from diffpeft.sparse.top_k import Scores, global_threshold, select
@@ -123,6 +123,7 @@ def _extract(found: Alignment, density: float, value_dtype: str, progress: Progr
             raise ValueError(f"{name}: differences are beyond {value_dtype}; use value_dtype='float32'")
     kept = count_nonzeros(diff)
     every = (*new.parameters, *new.tied, *new.others)
+    buffers = [name for name in new.others if name in old.others and not inside(name, found.modules)]
     return Extraction(
         diff=diff,
         kept=count,
@@ -130,7 +131,7 @@ def _extract(found: Alignment, density: float, value_dtype: str, progress: Progr
         density=count / found.total,
         heads={name: new.load(name).clone() for name in every if inside(name, found.modules)},
         only_in_base=found.only_in_old,
-        differing_buffers=list(_differing_buffers(old, new, found.modules)),
+        differing_buffers=[name for name in buffers if not torch.equal(old.load(name), new.load(name))],
         per_parameter={name: (kept.get(name, 0), new.parameters[name].numel()) for name in compared},
     )
 
@@ -192,9 +193,3 @@ def _largest(differences: _Differences, k: int) -> Diff:
             filled = span.stop
         spans[name] = slice(start, filled)
     return {n: (positions[span].clone(), values[span].clone()) for n, span in spans.items() if span.stop > span.start}
-
-
-def _differing_buffers(old: Checkpoint, new: Checkpoint, modules: list[str]) -> Iterator[str]:
-    for name in (name for name in new.others if name in old.others and not inside(name, modules)):
-        if not torch.equal(old.load(name), new.load(name)):
-            yield name

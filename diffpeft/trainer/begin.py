@@ -18,11 +18,6 @@ SELECTION_BATCHES = 8
 """Batches that `selection="gradient"` takes gradients of."""
 
 
-def is_chosen_before_training(tuner: BaseTuner) -> bool:
-    """Whether the adapter has no gating phase to choose its positions in."""
-    return not tuner.peft_config[tuner.resolve(None)].chosen_in_training
-
-
 def choose_positions(tuner: BaseTuner, model: nn.Module, args: TrainingArguments, batches: Any, optimizer: Any) -> str:
     """Choose the adapter's positions by the gradients of the first batches; the line that says so.
 

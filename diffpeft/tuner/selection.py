@@ -75,7 +75,10 @@ def _squared_gradients(
     They estimate the diagonal of the Fisher information (Sung, Nair, Raffel 2021, arXiv 2111.09839, section 3). Beside
     them only one gradient is held at a time.
     """
-    found = {(layer, name): _zeros(layer, name) for layer, name in owners}
+    found = {
+        (layer, name): torch.zeros(layer.shapes[name].numel(), device=device_of(layer.base_layer))
+        for layer, name in owners
+    }
     before = {parameter: parameter.grad for parameter in tuner.parameters()}
     for parameter in before:
         parameter.grad = None  # backward would add to it in place
@@ -90,10 +93,6 @@ def _squared_gradients(
     for scores in found.values() if torch.distributed.is_initialized() else ():
         torch.distributed.all_reduce(scores)
     return found
-
-
-def _zeros(layer: DiffPruningLayer, name: str) -> Tensor:
-    return torch.zeros(layer.shapes[name].numel(), device=device_of(layer.base_layer))
 
 
 @contextmanager

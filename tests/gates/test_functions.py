@@ -207,7 +207,7 @@ def test_a_weight_that_backward_does_not_need_is_not_kept(makings):
     tensors = GatedTensors(torch.randn(5, 6), *leaves.values())
     gated_linear(torch.randn(4, 6), None, tensors, how).sum().backward()
     assert len(makings) == 1
-    assert not how.workspace.uses()
+    assert not how.workspace._reservations
 
 
 def test_gates_that_moved_before_backward_are_noticed():
