@@ -130,10 +130,7 @@ class StoredDiff:
         packed, parameter = self.packed, self.parameter
         check_whole([parameter], f"{self._label}: the first use of a file's values")
         if packed.numel() > CHECKSUM_BYTES and not bool(packed.any()):
-            raise ValueError(
-                f"{self._label}: its positions were never loaded; load the adapter again, or for a reference model, of "
-                "which parameters alone were copied, pass the trainer ref_model="
-            )
+            raise ValueError(f"{self._label}: positions were never loaded; load it again, or give a trainer ref_model=")
         if bool(parameter.isnan().any()):
             raise ValueError(f"{self._label}: its values were never loaded or are damaged; load the adapter again")
         try:
@@ -169,8 +166,5 @@ class StoredDiff:
         if stored.dtype == torch.int8:
             hook: Any = getattr(self._parameters, "_hf_hook", None)
             if getattr(hook, "offload", False):  # the next forward would bring the file's numbers again
-                raise ValueError(
-                    "its values, which are int8 in the file, were offloaded before they were used; run the model once "
-                    "before it is offloaded, or load the adapter with PeftModel.from_pretrained"
-                )
+                raise ValueError("its int8 values were offloaded before their first use; run the model once before")
             parameter.data = decoded

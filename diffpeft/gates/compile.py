@@ -127,9 +127,7 @@ def compile_and_run(chain: Callable[..., Any], *arguments: Any, keep: bool = Tru
         # A chain fails when compiled, before it has written anything. Wrong arguments show in eager mode.
         broken.append(error)
         logger.warning(
-            "gates and diffs run eagerly, which is slower: torch.compile fails with %s: %s. It takes a C++ compiler "
-            "and Python's headers on a CPU, Triton on a GPU",
-            type(error).__name__,
+            "gates run eagerly, which is slower: torch.compile, which takes a C++ compiler or Triton, fails: %s",
             str(error).strip().partition("\n")[0],
         )
         return False, None

@@ -117,10 +117,7 @@ class ForwardPass:
             mine = threading.get_ident()
             if self._runs_in.setdefault("thread", mine) != mine:
                 # Modules hold effective parameters while they run: a second thread would take these for the base's.
-                raise RuntimeError(
-                    "two threads run this model at once, but a model with diffs runs in one at a time; hold a lock "
-                    "around the forward pass, or give each thread a model of its own"
-                )
+                raise RuntimeError("two threads run this model at once; use a lock, or a model for each thread")
         self.model, self.small_effective, self._first, self._pass = module, None, {}, None
 
     def _end(self, module: nn.Module, args: Sequence[Any], output: Any) -> None:

@@ -28,10 +28,7 @@ MIN_ROWWISE_ELEMENTS = 1 << 20
 def check_not_traced(key: str) -> None:
     """Raise NotImplementedError while torch traces the model, which cannot follow the sum of parameters and a diff."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-        raise NotImplementedError(
-            f"torch.jit.trace cannot follow the diff that is added to {key}; merge first, with merge_adapter() or "
-            "merge_and_unload(), and trace the merged model"
-        )
+        raise NotImplementedError(f"torch.jit.trace cannot follow the diff of {key}; merge first, and trace then")
 
 
 # Without a copy of the weight

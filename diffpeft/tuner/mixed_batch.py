@@ -247,10 +247,7 @@ def check_names(names: Sequence[str], adapters: Collection[str], training: bool,
             f"{BASE!r}"
         )
     if training:
-        raise ValueError(
-            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first; one adapter "
-            "trains at a time"
-        )
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
     for layer in layers:
         if layer.merged:
             raise ValueError(

@@ -66,10 +66,7 @@ def magnitude_prune(
     """Keep the largest |delta| of an adapter over all tensors together; see `DiffPruningModel.magnitude_prune`."""
     config: DiffPruningConfig = tuner.peft_config[adapter_name]
     if not config.chosen_in_training:
-        raise ValueError(
-            f"adapter {adapter_name!r} has selection={config.selection!r}, which chooses positions before training; "
-            "call select_positions"
-        )
+        raise ValueError(f"selection={config.selection!r} chooses positions before training; call select_positions")
 
     def by_magnitude(layer: DiffPruningLayer, name: str) -> tuple[Scores, Values]:
         diff = GatedDiff(*layer.gates_of_parameter(adapter_name, name), config.stretch)

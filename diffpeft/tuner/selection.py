@@ -35,10 +35,7 @@ def select_positions(
     """Choose an adapter's positions as its config says; see `DiffPruningModel.select_positions`."""
     config: DiffPruningConfig = tuner.peft_config[adapter_name]
     if config.chosen_in_training:
-        raise ValueError(
-            f"adapter {adapter_name!r} has selection={config.selection!r}, whose positions come from training; call "
-            "magnitude_prune at the end of gating"
-        )
+        raise ValueError(f"selection={config.selection!r} chooses positions in training; call magnitude_prune after it")
     pruning.check(tuner, adapter_name, config.target_density)
     owners = [(layer, name) for layer in tuner.layers_of(adapter_name) for name in layer.shapes]
     if config.selection == "random":

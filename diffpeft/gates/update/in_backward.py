@@ -62,10 +62,7 @@ class InBackward:
         steps = list(steps)
         lost = [one.label for one in steps if one.in_optimizer and one.parameter not in index_of]
         if lost:
-            raise ValueError(
-                f"the optimizer ({type(optimizer).__name__}) does not hold {len(lost)} diffs, {lost[:3]}, so they have "
-                "no learning rate; build it from model.parameters()"
-            )
+            raise ValueError(f"the optimizer lacks {len(lost)} diffs, {lost[:3]}; build it from model.parameters()")
         for one in steps:
             _release(one)
             # The parameter itself is no part of the hook: it would live as long as that.
@@ -153,10 +150,7 @@ def finish_update(layer: GatedLayer, adapter_name: str) -> bool:
     for one in backward_steps(layer, adapter_name):
         if one.parameter.grad is not None:
             if one.in_optimizer:
-                raise ValueError(
-                    f"{one.label} has a gradient, which low_memory=True uses up within the backward pass; call "
-                    "update_in_backward(optimizer) before training"
-                )
+                raise ValueError(f"{one.label} has a gradient; call update_in_backward(optimizer) before training")
             status.finite &= one.step(one.parameter.grad, 0.0, 0.0)
             one.parameter.grad = None
     for name, (elements, _) in groups_of(layer, adapter_name).items():
@@ -178,10 +172,7 @@ def check_low_memory() -> None:
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if processes > 1:
-        raise ValueError(
-            f"low_memory=True uses gradients up before {processes} processes could average them; launch one process, "
-            "or use low_memory=False"
-        )
+        raise ValueError(f"low_memory=True uses gradients up in one process; launch one, not {processes}")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision == "fp16":
         raise ValueError(
             "low_memory=True uses gradients up before fp16's scaler could unscale them; use bf16, or low_memory=False"

@@ -185,10 +185,7 @@ def accumulator(layer: GatedLayer, adapter_name: str, name: str) -> Accumulate |
     if gates is None or not gates.log_alpha.requires_grad:
         return None
     if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "low_memory=True updates tensors within the backward pass, which torch.compile cannot follow; leave the "
-            "model uncompiled, or use low_memory=False"
-        )
+        raise RuntimeError("torch.compile cannot follow low_memory=True; leave the model uncompiled, or use False")
 
     def accumulate(grad: Tensor, rows: Tensor | None) -> None:
         if not gates.accumulate(grad, rows, layer.fused):

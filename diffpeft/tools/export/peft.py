@@ -188,10 +188,7 @@ def from_super_tuning(directory: str | os.PathLike[str]) -> Imported:
     directory = Path(directory)
     config, tensors = _read(directory, "SUPERTUNING")
     if config.get("r") is not None:
-        raise ValueError(
-            f"{directory} has r={config['r']}: a LoRA changes every element of its weights, and a diff is sparse; "
-            "merge the adapter with PEFT and compare the result with the base model"
-        )
+        raise ValueError(f"{directory} has r={config['r']}: LoRA's part is dense, no diff; merge it with PEFT")
     remedy = "load it with PEFT on its base model and save it with save_precomputed_indices=True"
     pairs = _imported(directory, tensors, "Super-Tuning", ("supertuning_indices", "supertuning_values"), remedy)
     return Imported({name: _summed(positions, values) for name, positions, values in pairs}, tensors)
