@@ -152,8 +152,7 @@ class _Differences:
         if self._progress is not None:
             self._progress(self._read / (self.READINGS * len(self.names)))
         self._read += 1
-        delta = self._buffer[: self.new.parameters[name].numel()]
-        changed = self.new.load(name)
+        delta, changed = self._buffer[: self.new.parameters[name].numel()], self.new.load(name)
         if changed.dtype == torch.float64:
             return delta.copy_((changed - self.old.load(name).to(changed.device)).reshape(-1))
         delta.copy_(changed.reshape(-1))
@@ -175,21 +174,15 @@ class _Differences:
 
 
 def _largest(differences: _Differences, k: int) -> Diff:
-    """The k largest differences of all tensors together, ties going to the first tensors and positions.
-
-    Like `global_top_k`, but nothing that stays is allocated between tensors that go: the holes that these leave would
-    be too small for the next, and memory would grow by a tensor for each.
-    """
+    """The k largest differences of all tensors together, ties going to the first tensors and positions."""
     threshold = global_threshold([differences.scores(name) for name in differences.names], k)
-    positions, values = torch.empty(k, dtype=torch.int64), torch.empty(k)
-    spans, filled, ties = {}, 0, threshold.ties
+    diff, ties = {}, threshold.ties
     for name in differences.names:
-        delta, start = differences.of(name), filled
+        delta, parts = differences.of(name), []
         for offset in range(0, delta.numel(), CHUNK_ELEMENTS):
-            part = delta[offset : offset + CHUNK_ELEMENTS]
-            found, ties = select(part.abs(), threshold, ties)
-            span = slice(filled, filled + found.numel())
-            positions[span], values[span] = found + offset, part[found]
-            filled = span.stop
-        spans[name] = slice(start, filled)
-    return {n: (positions[span].clone(), values[span].clone()) for n, span in spans.items() if span.stop > span.start}
+            found, ties = select(delta[offset : offset + CHUNK_ELEMENTS].abs(), threshold, ties)
+            parts.append(found + offset)
+        positions = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        if positions.numel():
+            diff[name] = positions, delta[positions]
+    return diff
