@@ -122,8 +122,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         if state.global_step:
             saved = resume.saved_state(state, self)
             resume.check(tuner, name, saved)
-            old = saved.get("fixmask_factors") or [None]  # before 0.2, one for each group
-            factor = saved.get("fixmask_factor", old[0])
+            factor = saved.get("fixmask_factor")
         check_gating(tuner, steps, state)
         if not args.learning_rate > 0:
             raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
