@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,6 @@ from diffpeft.files import encoding
 from diffpeft.files.encoding import CHECKSUM_BYTES, IN_MEMORY
 from diffpeft.sparse.functions import RowPattern
 from diffpeft.sparse.sharded import check_whole, is_sharded
-
-
-class _Decoded(NamedTuple):
-    """Positions, and the packed tensor and its version that they were decoded from."""
-
-    packed: Tensor
-    version: int
-    positions: Tensor
 
 
 def _version(tensor: Tensor) -> int:
@@ -58,7 +50,7 @@ class StoredDiff:
         self.key, self.shape, self._dtype, self._others = key, shape, dtype, others
         self._parameters, self._buffers, self._name = parameters, buffers, name
         self._label = f"{key}, adapter {adapter_name!r}"
-        self._decoded: _Decoded | None = None
+        self._decoded: tuple[Tensor, int, Tensor] | None = None  # packed positions, their version, and positions
         self._pattern: tuple[Tensor, RowPattern] | None = None  # and the positions that it was made from
 
     @property
@@ -79,12 +71,12 @@ class StoredDiff:
     @property
     def positions(self) -> Tensor:
         """Sorted flat positions of the nonzeros, int64, shape (k,). ValueError if never loaded or damaged."""
-        packed, decoded = self.packed, self._decoded
+        packed, version, positions = self._decoded or (None, 0, None)
         # A compiler cannot trace versions; a layer forgets diffs whose tensors it replaces, so that none is stale.
         compiling = torch.compiler.is_compiling()
-        if decoded is None or decoded.packed is not packed or not (compiling or decoded.version == _version(packed)):
-            decoded = self._note_unpacked() if compiling else self._decode()
-        return decoded.positions
+        if positions is None or packed is not self.packed or not (compiling or version == _version(self.packed)):
+            return self._unpack() if compiling else self._decode()
+        return positions
 
     @property
     def values(self) -> Tensor:
@@ -117,15 +109,15 @@ class StoredDiff:
         """The given values, shape (k,), and the positions as they go into a file, with a checksum."""
         return encoding.encode(self.positions, values, self.shape.numel(), self._dtype(), self.key)
 
-    def note(self, packed: Tensor, positions: Tensor) -> _Decoded:
-        """Note that `packed` decodes to `positions`."""
-        self._decoded = _Decoded(packed, _version(packed), positions)
-        return self._decoded
+    def note(self, positions: Tensor) -> Tensor:
+        """Note, and return, the positions that `packed` decodes to."""
+        self._decoded = self.packed, _version(self.packed), positions
+        return positions
 
-    def _note_unpacked(self) -> _Decoded:
-        return self.note(self.packed, encoding.unpack(self.packed, self.count, self.shape.numel()))
+    def _unpack(self) -> Tensor:
+        return self.note(encoding.unpack(self.packed, self.count, self.shape.numel()))
 
-    def _decode(self) -> _Decoded:
+    def _decode(self) -> Tensor:
         self._find_original()
         packed, parameter = self.packed, self.parameter
         check_whole([parameter], f"{self._label}: the first use of a file's values")
@@ -139,7 +131,7 @@ class StoredDiff:
                 if encoding.has_checksum(packed):
                     self._decode_values(parameter, packed)
                     self._buffers._buffers[self._name] = encoding.strip_checksum(packed)
-                return self._note_unpacked()
+                return self._unpack()
         except ValueError as error:
             raise ValueError(f"{self._label}: {error}") from None
 

@@ -202,7 +202,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 packed = pack(positions, self.shapes[name].numel())
                 getattr(self, VALUES)[adapter_name][name] = nn.Parameter(values.clone(), requires_grad=trainable)
                 getattr(self, POSITIONS)[adapter_name][name] = packed
-                self.sparse(adapter_name, name).note(packed, positions.clone())
+                self.sparse(adapter_name, name).note(positions.clone())
 
     def _set_tensors(self, adapter_name: str, made: dict[str, nn.Module]) -> None:
         """Give the adapter these tensors, by attribute; they train if it is active and not loaded for inference."""
