@@ -146,13 +146,11 @@ class DiffPruningTuner(BaseTuner):
         finally:
             self._injection = None
         layers = self.layers_of(adapter_name)
-        injection.check_coverage(layers, adapter_name, config, self.base_parameters())
+        injection.check_coverage(layers, adapter_name, config)
         injection.check_base(layers, adapter_name, config)
         injection.note_sharing(model, self.all_layers())
         if config.heads_checksum is not None or config.diff_checksum is not None:
             saving.FirstPassCheck(config, adapter_name).watch(model)
-        if state_dict is not None:
-            saving.check_modules(self.all_layers(), adapter_name, state_dict)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freeze the base model (PEFT's hook); heads manage what trains themselves."""

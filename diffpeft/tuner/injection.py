@@ -132,12 +132,7 @@ def check_model(model: nn.Module) -> None:
         raise ValueError("the base model has no floating-point parameters, so there is nothing to adapt")
 
 
-def check_coverage(
-    layers: Sequence[DiffPruningLayer],
-    adapter_name: str,
-    config: DiffPruningConfig,
-    base_parameters: Iterator[tuple[str, nn.Parameter]],
-) -> None:
+def check_coverage(layers: Sequence[DiffPruningLayer], adapter_name: str, config: DiffPruningConfig) -> None:
     """Raise ValueError unless the layers that hold an adapter cover what its config promises."""
     found = {layer.parameter_key(name) for layer in layers for name in layer.shapes}
     lost = sorted((config.nnz_pattern or {}).keys() - found)
@@ -153,11 +148,6 @@ def check_coverage(
                     f"{layer.parameter_key(name)} is the same parameter as {owner.parameter_key(owner_name)}, which "
                     f"holds its diff and is not among the target_modules of adapter {adapter_name!r}; name both modules"
                 )
-    if config.target_modules is None and (config.layers_to_transform, config.exclude_modules) == (None, None):
-        adapted = {id(p) for layer in layers for p in layer.base_layer.parameters(recurse=False)}
-        left = [name for name, p in base_parameters if id(p) not in adapted and p.is_floating_point()]
-        if left:
-            raise ValueError(f"the default target_modules cannot adapt {left[:5]}; name the modules in target_modules")
 
 
 def known_parameters(layers: Sequence[DiffPruningLayer]) -> dict[str, nn.Parameter]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from diffpeft.config import DiffPruningConfig
 from diffpeft.files.adapter import verify, verify_heads
 from diffpeft.files.encoding import checksums_of, encode, fits, has_checksum, strip_checksum
-from diffpeft.files.keys import KEY_MARKER, POSITIONS, ROOT, VALUES, base_model_key, diff_keys, parameter_and_kind
+from diffpeft.files.keys import KEY_MARKER, POSITIONS, VALUES, base_model_key, diff_keys, parameter_and_kind
 from diffpeft.layer.find import outer_modules
 from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.sparse.sharded import is_sharded
@@ -161,17 +161,6 @@ def rename(tensors: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tens
     return {
         by_name.get(base_model_key(key), key) if KEY_MARKER in key else key: tensor for key, tensor in tensors.items()
     }
-
-
-def check_modules(layers: Iterable[DiffPruningLayer], adapter_name: str, keys: Iterable[str]) -> None:
-    """Raise ValueError unless all of a file's tensors belong to modules that the adapter covers."""
-    covered = {layer.key or ROOT for layer in layers if layer.has_adapter(adapter_name)}
-    unknown = sorted({base_model_key(key).split(KEY_MARKER)[0] for key in keys if KEY_MARKER in key} - covered)
-    if unknown:
-        raise ValueError(
-            f"the tensors belong to {len(unknown)} modules that adapter {adapter_name!r} does not cover, "
-            f"{unknown[:3]}; they are of another model or config"
-        )
 
 
 def check_complete(expected: Mapping[str, Tensor], adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
