@@ -150,7 +150,7 @@ class DiffPruningTuner(BaseTuner):
         injection.check_base(layers, adapter_name, config)
         injection.note_sharing(model, self.all_layers())
         if config.heads_checksum is not None or config.diff_checksum is not None:
-            saving.FirstPassCheck(config, adapter_name).watch(model)
+            saving.FirstPassCheck(model, config, adapter_name)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freeze the base model (PEFT's hook); heads manage what trains themselves."""

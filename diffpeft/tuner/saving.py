@@ -187,19 +187,13 @@ class FirstPassCheck:
     dtype of the model: of heads that it has rounded nothing can be said.
 
     Args:
+        model: holds the adapter.
         config: the adapter's. Its `heads_checksum` and `diff_checksum` are None once they were compared.
         adapter_name: the adapter.
     """
 
-    def __init__(self, config: DiffPruningConfig, adapter_name: str) -> None:
-        self.config = config
-        self.adapter_name = adapter_name
-
-    def watch(self, model: nn.Module) -> None:
-        """Compare when `model` runs, in place of what was to be compared of an earlier adapter of that name."""
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if isinstance(hook, FirstPassCheck) and hook.adapter_name == self.adapter_name:
-                model._forward_pre_hooks.pop(key)
+    def __init__(self, model: nn.Module, config: DiffPruningConfig, adapter_name: str) -> None:
+        self.config, self.adapter_name = config, adapter_name
         model.register_forward_pre_hook(self)
 
     def __call__(self, model: nn.Module, args: Any) -> None:
@@ -210,44 +204,34 @@ class FirstPassCheck:
             model._forward_pre_hooks.pop(key)
         heads_checksum, diff_checksum = self.config.heads_checksum, self.config.diff_checksum
         self.config.heads_checksum = self.config.diff_checksum = None
-        if not any(isinstance(m, DiffPruningLayer) and m.has_adapter(self.adapter_name) for m in model.modules()):
-            return  # it was deleted
-        if heads_checksum is not None:
-            self._check_heads(model, heads_checksum)
+        layers = [module for module in model.modules() if isinstance(module, DiffPruningLayer)]
+        if not any(layer.configs.get(self.adapter_name) is self.config for layer in layers):
+            return  # it was deleted, or pruned or loaded over since
         buffers = {n: b for n, b in model.named_buffers() if f".{POSITIONS}.{self.adapter_name}." in n}
         # Those that were used before, or that are on a device only while they run, are checked one by one.
         as_loaded = bool(buffers) and not any(buffer.is_meta or not has_checksum(buffer) for buffer in buffers.values())
         if diff_checksum is not None and as_loaded and checksums_of(buffers).diff != diff_checksum:
             raise ValueError(
-                f"the diff of adapter {self.adapter_name!r} is not that of its config: it is damaged, or the two are "
-                "of different adapters; load it with PeftModel.from_pretrained, which says where"
+                f"the diff of adapter {self.adapter_name!r} is damaged or of another config; load it with "
+                "PeftModel.from_pretrained, which says where"
             )
-
-    def _check_heads(self, model: nn.Module, expected: int) -> None:
         heads = {
             f"{name}.{key}": tensor
             for name, wrapper in model.named_modules()
             if isinstance(wrapper, ModulesToSaveWrapper) and self.adapter_name in wrapper.modules_to_save
             for key, tensor in wrapper.modules_to_save[self.adapter_name].state_dict().items()
         }
-        if any(tensor.is_meta for tensor in heads.values()):  # offloaded since they were loaded
-            return
-        broken = sorted(name for name, head in heads.items() if not bool(head.isfinite().all()))
-        if broken:
-            raise ValueError(
-                f"{broken} of adapter {self.adapter_name!r} are NaN or infinite: its training has diverged"
-            )
-        if {t.dtype for t in heads.values() if t.is_floating_point()} != {torch.float32}:
-            return
+        dtypes = {head.dtype for head in heads.values() if head.is_floating_point()}
+        if heads_checksum is None or dtypes != {torch.float32} or any(head.is_meta for head in heads.values()):
+            return  # rounded, or offloaded since they were loaded
         as_stored = [
             {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in heads.items()}
             for dtype in (torch.float32, torch.bfloat16, torch.float16)
         ]
-        if expected not in (checksums_of(tensors).heads for tensors in as_stored):
+        if heads_checksum not in (checksums_of(tensors).heads for tensors in as_stored):
             raise ValueError(
-                f"the heads of adapter {self.adapter_name!r}, {sorted(heads)[:3]}, are not those of its file: the file "
-                "is damaged, or they were changed after loading; load it with PeftModel.from_pretrained, or before you "
-                f"change them set peft_config[{self.adapter_name!r}].heads_checksum = None"
+                f"the heads of adapter {self.adapter_name!r}, {sorted(heads)[:3]}, are damaged or were changed; load "
+                f"them with PeftModel.from_pretrained, or set peft_config[{self.adapter_name!r}].heads_checksum = None"
             )
 
 
