@@ -170,10 +170,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         """
         for name, count in nnz.items():
             if count > self.shapes[name].numel():
-                raise ValueError(
-                    f"nnz_pattern gives {self.parameter_key(name)} {count} nonzeros, but it has "
-                    f"{self.shapes[name].numel()} elements; the adapter belongs to another model"
-                )
+                raise ValueError(f"nnz_pattern has {count} nonzeros in {self.parameter_key(name)}, which is smaller")
         device, config = device_of(self.base_layer), self.configs[adapter_name]
         self._set_tensors(adapter_name, fixmask_tensors(self.shapes, nnz, device, config))
 

@@ -137,10 +137,7 @@ def check_coverage(layers: Sequence[DiffPruningLayer], adapter_name: str, config
     found = {layer.parameter_key(name) for layer in layers for name in layer.shapes}
     lost = sorted((config.nnz_pattern or {}).keys() - found)
     if lost:
-        raise ValueError(
-            f"the adapter has nonzeros in {len(lost)} parameters that the model does not have or does not adapt: "
-            f"{lost[:5]}; it belongs to another model or config"
-        )
+        raise ValueError(f"the adapter has nonzeros in {lost[:5]}, which the model lacks or its config leaves alone")
     for layer in layers:
         for name, (owner, owner_name) in layer.ties.items():
             if not owner.has_adapter(adapter_name):

@@ -57,8 +57,7 @@ def resolve(tuner: Any, adapter_name: str | None) -> str:
         meant = active if len(active) == 1 else [name for name in active if _trains(tuner, name)]
         if len(meant) != 1:
             raise ValueError(
-                f"active adapters are {active}, and {len(meant)} of them train; say which one you mean by "
-                "adapter_name=, or freeze the others"
+                f"of {active} {len(meant)} train; say which one you mean by adapter_name=, or freeze others"
             )
         adapter_name = meant[0]
     check_names(tuner, [adapter_name])

@@ -38,11 +38,7 @@ class EncodedTensors(dict[str, Tensor]):
         others = {key: tensor for key, tensor in added.items() if KEY_MARKER not in key}
         held = [key for key in others if ".base_layer." in key]
         if held and self._merged:
-            raise ValueError(
-                f"PEFT saves {held[:2]} beside the diff, since embeddings were resized, are in target_modules, or "
-                "save_embedding_layers=True, and they hold the diff already while it is merged; call unmerge_adapter() "
-                "first"
-            )
+            raise ValueError(f"PEFT saves {held[:2]} too, which hold a merged diff; call unmerge_adapter() first")
         super().update(others)
 
 
@@ -169,15 +165,11 @@ def check_complete(expected: Mapping[str, Tensor], adapter_name: str, tensors: M
     missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(
-            f"the file does not fit the adapter {adapter_name!r}: {len(missing)} tensors are missing {missing[:3]}, "
-            f"{len(unknown)} belong to no adapted parameter {unknown[:3]}; it is damaged or of another model or config"
+            f"the file does not fit the adapter {adapter_name!r}: it lacks {missing[:3]} and has {unknown[:3]}"
         )
     for key, tensor in given.items():
         if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{key} is {tuple(tensor.shape)} in the file and {tuple(expected[key].shape)} in the model; the file "
-                "is damaged or belongs to another model"
-            )
+            raise ValueError(f"{key} of {tuple(tensor.shape)} does not fit the model's, {tuple(expected[key].shape)}")
 
 
 class FirstPassCheck:

@@ -157,8 +157,7 @@ def finish_update(layer: GatedLayer, adapter_name: str) -> bool:
         if elements.log_alpha.grad is not None:
             raise ValueError(
                 f"the gates of {layer.parameter_key(name)} have a gradient that low_memory=True cannot use, of gates "
-                "that were not sampled or of a penalty of one's own; train in model.train(), and let l0_lambda='auto' "
-                "do the rest"
+                "that were not sampled or of your own penalty; train in model.train(), with l0_lambda='auto'"
             )
     del layer.update_status[adapter_name]
     return status.finite
