@@ -70,12 +70,9 @@ class DiffPruningLayer(AdapterTensors):
         parameter: Tensor = getattr(self.base_layer, name) if plain is None else plain
         selected = self.selected(name, targeting)
         if selected and (not parameter.is_floating_point() or parameter.is_meta):
-            state, remedy = "offloaded", f"keep {self.key} on a device through device_map"
-            if not parameter.is_floating_point():
-                state, remedy = "quantised", "load the base model unquantised"
             raise ValueError(
-                f"{self.parameter_key(name)} is {state} and is read without running its module, so the diff of "
-                f"{selected} cannot be added; {remedy}"
+                f"{self.parameter_key(name)} is quantised or offloaded and is read without running its module, so the "
+                f"diff of {selected} cannot be added; load {self.key} unquantised, on a device"
             )
         for adapter_name in selected:
             parameter = self._with_adapter(parameter, adapter_name, name)

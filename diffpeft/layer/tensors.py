@@ -168,9 +168,6 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         Until a file or [`set_diff`] fills them they are NaN and their positions nowhere, so that what was never loaded
         is not taken for a diff of zeros. Parameters without nonzeros take no tensors at all.
         """
-        for name, count in nnz.items():
-            if count > self.shapes[name].numel():
-                raise ValueError(f"nnz_pattern has {count} nonzeros in {self.parameter_key(name)}, which is smaller")
         device, config = device_of(self.base_layer), self.configs[adapter_name]
         self._set_tensors(adapter_name, fixmask_tensors(self.shapes, nnz, device, config))
 
@@ -193,8 +190,6 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         trainable = any(parameter.requires_grad for parameter in self.adapter_parameters(adapter_name))
         self.start_fixmask(adapter_name, {})
         for name, (positions, values) in diff.items():
-            if positions.shape != values.shape:
-                raise ValueError(f"{self.parameter_key(name)}: {len(positions)} positions, {len(values)} values")
             if len(positions):
                 packed = pack(positions, self.shapes[name].numel())
                 getattr(self, VALUES)[adapter_name][name] = nn.Parameter(values.clone(), requires_grad=trainable)

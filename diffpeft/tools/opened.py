@@ -92,10 +92,7 @@ class OpenedAdapter:
                 config, module = copy.copy(self.config), twin.rpartition(".")[0]
                 config.target_modules = config.target_modules or [module.rpartition(".")[2]]
                 if twin != name and not check_target_module_exists(config, module):
-                    raise ValueError(
-                        f"{name} is also {twin}, which the adapter {self.name} leaves alone: merging changes both; "
-                        "use it unmerged, or on a base where they are two tensors"
-                    )
+                    raise ValueError(f"{name} is also {twin}, which {self.name} leaves alone; use it unmerged")
 
     def check_base(self) -> None:
         """Raise ValueError for a base model of other weights than the diff was made from; downloads none."""
