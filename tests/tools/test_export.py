@@ -304,20 +304,15 @@ def test_a_merged_checkpoint_is_what_merging_saves_to_the_bit(tmp_path, monkeypa
             parameter.data.mul_(3)
     diff, heads = model.base_model.get_diff(), heads_of(model, tmp_path / "own")
     patches = list(to_weight_patches(diff, tmp_path / "base"))
-    plain = architecture(name, dtype)
-    before = {key: tensor.clone() for key, tensor in plain.state_dict().items()}
-    to_checkpoint(plain, diff, tmp_path / "of_model", heads)
-    assert all(torch.equal(before[key], tensor) for key, tensor in plain.state_dict().items())
     to_checkpoint(str(tmp_path / "base"), diff, tmp_path / "of_directory", heads)
     model.merge_and_unload().save_pretrained(tmp_path / "merged", max_shard_size="9kB")
     expected = shards(tmp_path / "merged")
     assert equal_tensors(shards(tmp_path / "of_directory"), expected)
-    assert equal_tensors(shards(tmp_path / "of_model"), expected)
     files = {file.name for file in (tmp_path / "of_directory").iterdir() if file.suffix != ".safetensors"}
     left = {"pytorch_model.bin"}
     assert files == {file.name for file in (tmp_path / "base").iterdir() if file.suffix != ".safetensors"} - left
     assert len([*(tmp_path / "of_directory").glob("*.safetensors")]) > 1
-    loaded = type(plain).from_pretrained(tmp_path / "of_directory").state_dict()
+    loaded = auto.from_pretrained(tmp_path / "of_directory").state_dict()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
     patched = shards(tmp_path / "base")
     load_patches(patched, patches)
@@ -365,10 +360,8 @@ def test_experts_that_loading_fuses_are_written_one_by_one(tmp_path):
     model = pruned(architecture("mixtral"))
     diff = model.base_model.get_diff()
     to_checkpoint(tmp_path / "base", diff, tmp_path / "out")
-    to_checkpoint(architecture("mixtral"), diff, tmp_path / "from_memory")
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     assert equal_tensors(shards(tmp_path / "out"), shards(tmp_path / "merged"))
-    assert equal_tensors(shards(tmp_path / "from_memory"), shards(tmp_path / "merged"))
     patched = shards(tmp_path / "base")
     for patch in to_weight_patches(diff, tmp_path / "base"):
         assert patched[patch.name].shape == patch.full_shape
@@ -377,17 +370,14 @@ def test_experts_that_loading_fuses_are_written_one_by_one(tmp_path):
 
 
 def test_a_checkpoint_is_refused_whole_or_written_whole(tmp_path):
-    base = architecture("bert", torch.float16)
-    base.save_pretrained(tmp_path / "base")
+    architecture("bert", torch.float16).save_pretrained(tmp_path / "base")
     huge = {"bert.pooler.dense.bias": (torch.tensor([1]), torch.tensor([1e6]))}
-    for source in (base, tmp_path / "base"):
-        with pytest.raises(ValueError, match=r"not finite in torch.float16"):
-            to_checkpoint(source, huge, tmp_path / "out")
-        with pytest.raises(ValueError, match=r"use its own base model|lacks 1 parameters .*classifier\.weight"):
-            to_checkpoint(source, {}, tmp_path / "out", {"classifier.bias": torch.zeros(7)})
-        with pytest.raises(ValueError, match="is there already"):
-            to_checkpoint(source, {}, tmp_path / "base")
+    with pytest.raises(ValueError, match=r"not finite in torch.float16"):
+        to_checkpoint(tmp_path / "base", huge, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"use its own base model|lacks 1 parameters .*classifier\.weight"):
+        to_checkpoint(tmp_path / "base", {}, tmp_path / "out", {"classifier.bias": torch.zeros(7)})
+    with pytest.raises(ValueError, match="is there already"):
+        to_checkpoint(tmp_path / "base", {}, tmp_path / "base")
     with pytest.raises(ValueError, match="not finite"):
         list(to_weight_patches(huge, tmp_path / "base"))
-    assert all(bool(p.isfinite().all()) for p in base.parameters())
     assert [file.name for file in tmp_path.iterdir()] == ["base"]

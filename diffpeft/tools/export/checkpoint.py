@@ -81,7 +81,7 @@ def _finite(name: str, tensor: Tensor) -> Tensor:
 
 
 def to_checkpoint(
-    base: PreTrainedModel | str | os.PathLike[str] | Checkpoint,
+    base: str | os.PathLike[str] | Checkpoint,
     diff: Diff,
     output: str | os.PathLike[str],
     heads: Mapping[str, Tensor] | None = None,
@@ -90,10 +90,10 @@ def to_checkpoint(
     """Write the base model with the diff added: the tensors of `merge_and_unload().save_pretrained()`, to the bit.
 
     The tensors of a directory are written file by file, under the keys that they have there, with what else is in the
-    directory. A model is changed, saved with `save_pretrained` and restored to the bit.
+    directory.
 
     Args:
-        base: a directory, whose model is the one that has the diff's and the heads' names; or a model without adapters.
+        base: a directory, whose model is the one that has the diff's and the heads' names; or its tensors, opened.
         diff: positions and values of shape (k,) by parameter name.
         output: must not be there yet, unless empty.
         heads: tensors that replace those of their names, in the dtype of the base; a diff is added to them.
@@ -107,28 +107,17 @@ def to_checkpoint(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already; choose another output or empty it first")
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
-    if isinstance(base, (str, os.PathLike)):
+    if not isinstance(base, Checkpoint):
         shapes = {name: head.shape for name, head in heads.items()}
         base = open_checkpoint(base, adapted_model(Path(base), names=diff, heads=shapes))
     with making(target.parent), making(scratch):
         try:
-            if isinstance(base, Checkpoint):
-                _write_files(base, diff, scratch, heads, progress or (lambda share: None))
-            else:
-                _write_model(base, diff, scratch, heads)
+            _write_files(base, diff, scratch, heads, progress or (lambda share: None))
             if target.exists():
                 target.rmdir()
             scratch.rename(target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _check(diff: Diff, heads: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
-    check_diff(diff, shapes)
-    for name, head in heads.items():
-        base = shapes.get(name)
-        if base != head.shape:
-            raise ValueError(f"head {name} is {tuple(head.shape)}, the base has {base}; use its own base model")
 
 
 def _write_files(
@@ -138,7 +127,11 @@ def _write_files(
     checkpoint.check_whole([*heads])
     shapes = {**checkpoint.parameters, **checkpoint.tied, **checkpoint.others}
     shapes |= {} if model is None else {name: tensor.shape for name, tensor in model.state_dict().items()}
-    _check(diff, heads, shapes)
+    check_diff(diff, shapes)
+    for name, head in heads.items():
+        if shapes.get(name) != head.shape:
+            told = f"head {name} is {tuple(head.shape)}, the base has {shapes.get(name)}"
+            raise ValueError(f"{told}; use its own base model")
     # The contents alone: a cache's files may be links, and read-only.
     shutil.copytree(directory, scratch, ignore=_old_weights, copy_function=shutil.copyfile, dirs_exist_ok=True)
     units = list({id(unit): unit for unit in checkpoint.units.values()}.values())
@@ -185,21 +178,3 @@ def _old_weights(directory: str, names: list[str]) -> set[str]:
     """Files not to copy; the weights in directories of sentence-transformers' further modules, "2_Dense", stay."""
     kept = re.match(r"\d+_", Path(directory).name)
     return set() if kept else {name for name in names if any(fnmatch(name, pattern) for pattern in OTHER_FILES)}
-
-
-@torch.no_grad()
-def _write_model(model: PreTrainedModel, diff: Diff, scratch: Path, heads: Mapping[str, Tensor]) -> None:
-    tensors = {**model.state_dict(keep_vars=True), **dict(model.named_parameters(remove_duplicate=False))}
-    _check(diff, heads, {name: tensor.shape for name, tensor in tensors.items()})
-    whole = {name: tensors[name].detach().clone() for name in heads}
-    entries = {name: Entry(tensors[name], *(one.to(tensors[name].device) for one in diff[name])) for name in diff}
-    try:
-        for name, head in heads.items():
-            tensors[name].data.copy_(head)
-        with InplaceUpdate(entries.values()):
-            for name, (tensor, positions, _) in entries.items():
-                _finite(name, read_at(tensor.data, positions))
-            model.save_pretrained(scratch)
-    finally:
-        for name, head in whole.items():
-            tensors[name].data.copy_(head)
