@@ -1,13 +1,11 @@
 """Align a base and a fine-tuned model: which of their tensors belong together, and which are heads."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from diffpeft.files.checkpoint import Checkpoint
-from diffpeft.files.keys import ROOT, owners
 
 
 class Alignment(NamedTuple):
@@ -18,15 +16,13 @@ class Alignment(NamedTuple):
     modules: list[str]
     """Modules of the new model that are saved whole."""
     compared: list[str]
-    """Parameters that are compared."""
-    total: int
-    """Parameters of the new model outside of `modules`."""
+    """Parameters that are compared: those outside of `modules`."""
     only_in_old: list[str]
     """Parameters of the old model that the new one lacks."""
 
 
-def align_models(old: Checkpoint, new: Checkpoint, exclude: Sequence[str] | str) -> Alignment:
-    """Find what belongs together in a base and a fine-tuned model, without the modules of `exclude`.
+def align_models(old: Checkpoint, new: Checkpoint) -> Alignment:
+    """Find what belongs together in a base and a fine-tuned model.
 
     Raises ValueError where [`extract_diff`] does, of which this is the first step.
     """
@@ -36,9 +32,7 @@ def align_models(old: Checkpoint, new: Checkpoint, exclude: Sequence[str] | str)
             new.parameters[name] = shape
     shapes = {**old.others, **old.tied, **old.parameters}
     modules = _whole_modules(old, new, shapes)
-    body = [name for name in new.parameters if not inside(name, modules)]
-    left_out = _excluded(owners(body), exclude)
-    compared = [name for name in body if name.rpartition(".")[0] not in left_out]
+    compared = [name for name in new.parameters if not inside(name, modules)]
     for group in [old.aliases[name] for name in old.parameters if len(old.aliases[name]) > 1]:
         twins = [name for name in compared if name in group]
         if len(twins) > 1:
@@ -46,9 +40,8 @@ def align_models(old: Checkpoint, new: Checkpoint, exclude: Sequence[str] | str)
                 f"{twins} differ in {new.label} and are one tensor in {old.label}, so no adapter of that base holds "
                 "both; save the base with a copy of it under each name and tie_word_embeddings=False, and use that"
             )
-    total = sum(new.parameters[name].numel() for name in body)
     only_in_old = [name for name in (*old.parameters, *old.unused) if name not in new.parameters]
-    return Alignment(old, new, modules, compared, total, only_in_old)
+    return Alignment(old, new, modules, compared, only_in_old)
 
 
 def inside(name: str, modules: Sequence[str]) -> bool:
@@ -97,16 +90,3 @@ def _ancestors(name: str) -> list[str]:
     """The modules around a parameter, the outermost first."""
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
-
-
-def _excluded(modules: set[str], exclude: Sequence[str] | str) -> set[str]:
-    """The modules that PEFT would leave out. Raises ValueError for a name that matches none."""
-    found = set[str]()
-    for pattern in [exclude] if isinstance(exclude, str) else exclude:
-        regex = pattern if isinstance(exclude, str) else rf"(.*\.)?{re.escape(pattern)}"
-        matched = {module for module in modules if re.fullmatch(regex, module or ROOT)}
-        if pattern and not matched:
-            example = sorted(modules)[-1]
-            raise ValueError(f"exclude={pattern!r} matches no module with parameters; use names such as {example!r}")
-        found |= matched
-    return found

@@ -1,7 +1,7 @@
 """Extract a pruned adapter from a fully fine-tuned model: its largest differences from the base, without training."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -48,7 +48,6 @@ def extract_diff(
     density: float = 0.005,
     output: str | os.PathLike[str] | None = None,
     *,
-    exclude: Sequence[str] | str = (),
     value_dtype: str = "float32",
     task_type: str | None = None,
     base_name: str | None = None,
@@ -69,7 +68,6 @@ def extract_diff(
         finetuned: as `base`.
         density: nonzeros as a share of the fine-tuned model's parameters, heads not counted.
         output: a directory to write the adapter into; None writes nothing.
-        exclude: modules to leave as in the base, as `exclude_modules` of the config: names or suffixes, or a regex.
         value_dtype: of the values; "bfloat16", "float16" and "int8" make smaller files and less exact models.
         task_type: for the adapter's config, e.g. "SEQ_CLS".
         base_name: the base model's name in the adapter's config, by default that of `base`.
@@ -77,13 +75,13 @@ def extract_diff(
 
     Raises:
         ValueError: a directory that cannot be read; another architecture, or another shape in the backbone; differences
-            that are NaN, infinite, or zero throughout; a density or an `exclude` that leaves nothing.
+            that are NaN, infinite, or zero throughout; a density that leaves nothing.
     """
     check_density(density)
     check_dtype(value_dtype)
     new = open_checkpoint(finetuned)
     new.check_whole()
-    found = align_models(open_as(base, new.model_class), new, exclude)
+    found = align_models(open_as(base, new.model_class), new)
     extraction = _extract(found, density, value_dtype, progress)
     if output is not None:
         source = os.fspath(base) if isinstance(base, (str, os.PathLike)) else getattr(base, "name_or_path", None)
@@ -95,7 +93,6 @@ def extract_diff(
             base_model_name_or_path=base_name or source or None,
             target_density=density,
             modules_to_save=found.modules or None,
-            exclude_modules=(exclude if isinstance(exclude, str) else list(exclude)) or None,
             value_dtype=value_dtype,
             base_fingerprint=fingerprint.take(found.compared, found.old.load),
         )
@@ -106,10 +103,11 @@ def extract_diff(
 
 def _extract(found: Alignment, density: float, value_dtype: str, progress: Progress | None) -> Extraction:
     old, new, compared = found.old, found.new, found.compared
-    k = round(density * found.total)
+    total = sum(new.parameters[name].numel() for name in compared)
+    k = round(density * total)
     if k < 1 or not compared:
         raise ValueError(
-            f"density={density} of {found.total} parameters, {len(compared)} tensors, is {k} nonzeros; use a higher one"
+            f"density={density} of {total} parameters, {len(compared)} tensors, is {k} nonzeros; use a higher one"
         )
     differences = _Differences(found, progress)
     differing = sum(differences.count(name) for name in compared)
@@ -127,8 +125,8 @@ def _extract(found: Alignment, density: float, value_dtype: str, progress: Progr
     return Extraction(
         diff=diff,
         kept=count,
-        total=found.total,
-        density=count / found.total,
+        total=total,
+        density=count / total,
         heads={name: new.load(name).clone() for name in every if inside(name, found.modules)},
         only_in_base=found.only_in_old,
         differing_buffers=[name for name in buffers if not torch.equal(old.load(name), new.load(name))],
