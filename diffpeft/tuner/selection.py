@@ -21,9 +21,6 @@ from diffpeft.tuner import pruning
 Owner = tuple[DiffPruningLayer, str]
 """A layer, and the name that a parameter has there."""
 
-CHUNK = 1 << 20
-"""Random scores that are drawn at once."""
-
 
 def select_positions(
     tuner: BaseTuner,
@@ -55,13 +52,7 @@ def select_positions(
 def _random_scores(layer: DiffPruningLayer, name: str) -> Scores:
     """Uniform scores of a parameter, the same each time that they are computed."""
     seed, numel, device = int(torch.randint(1 << 62, ())), layer.shapes[name].numel(), device_of(layer.base_layer)
-
-    def compute() -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        for start in range(0, numel, CHUNK):
-            yield torch.rand(min(CHUNK, numel - start), generator=generator).to(device)
-
-    return compute
+    return lambda: [torch.rand(numel, generator=torch.Generator().manual_seed(seed)).to(device)]
 
 
 def _squared_gradients(
