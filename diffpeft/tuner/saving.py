@@ -214,8 +214,12 @@ class FirstPassCheck:
             for key, tensor in wrapper.modules_to_save[self.adapter_name].state_dict().items()
         }
         dtypes = {head.dtype for head in heads.values() if head.is_floating_point()}
-        if heads_checksum is None or dtypes != {torch.float32} or any(head.is_meta for head in heads.values()):
-            return  # rounded, or offloaded since they were loaded
+        if heads_checksum is None or any(head.is_meta for head in heads.values()):  # offloaded since they were loaded
+            return
+        if not all(bool(head.isfinite().all()) for head in heads.values()):
+            raise ValueError(f"{sorted(heads)[:3]} of adapter {self.adapter_name!r} are NaN or infinite")
+        if dtypes != {torch.float32}:  # rounded
+            return
         as_stored = [
             {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in heads.items()}
             for dtype in (torch.float32, torch.bfloat16, torch.float16)
