@@ -56,7 +56,7 @@ class Unit:
     """transformers' `WeightConverter`; None where nothing is converted."""
     model: Any
     sources: list[tuple[str, str, StoredTensor]]
-    """For each tensor the pattern of the converter that it matches, its key in a new file, and the tensor."""
+    """One entry for each tensor: the converter's pattern that matches its key, its key in a new file, the tensor."""
 
     def convert(self, load: Callable[[StoredTensor], Tensor] = StoredTensor.load) -> dict[str, Tensor]:
         """The tensors by the names of parameters. `load` gives those of the file."""
@@ -90,7 +90,7 @@ class Checkpoint:
         others: shapes of all other floating tensors, which are buffers.
         missing: names of floating parameters that the files lack, or have in another shape.
         unused: keys of floating tensors that the model has no use for.
-        aliases: all names of a parameter, by each of them.
+        aliases: from each name of a parameter to the list of all its names; tied parameters have several.
     """
 
     def __init__(self, label: str, stored: dict[str, StoredTensor], model: nn.Module | None, own: bool) -> None:
@@ -188,7 +188,7 @@ def open_checkpoint(source: Source, model: PreTrainedModel | None = None) -> Che
 
 
 def open_as(source: Source, kind: type[PreTrainedModel] | None) -> Checkpoint:
-    """The tensors of a source by their names in another class of model, of which `from_pretrained` would make it one.
+    """The tensors of a source by their names in another class of model, as `from_pretrained` of that class names them.
 
     They keep their own names where there is no such class or where it is of another kind of model.
     """

@@ -19,18 +19,21 @@ def take(names: Collection[str], load: Callable[[str], Tensor]) -> Fingerprint:
     return {name: base64.b64encode(one.numpy().tobytes()).decode() for name, one in samples.items() if one.numel()}
 
 
-def differing(fingerprint: Fingerprint, names: Collection[str], load: Callable[[str], Tensor]) -> list[str]:
+def differing(
+    fingerprint: Fingerprint, names: Collection[str], load: Callable[[str], Tensor], new_last_rows: Collection[str] = ()
+) -> list[str]:
     """Those of the parameters, as of [`take`], whose weights are not those of the fingerprint; others it does not tell.
 
-    Weights that were only rounded to another dtype are the same.
+    Weights that were only rounded to another dtype are the same. The last sample of parameters in `new_last_rows` is
+    not compared: it may belong to a word that was added to the vocabulary, whose row was made at random.
     """
     found = []
     for name in fingerprint.keys() & set(names):
         told = torch.frombuffer(bytearray(base64.b64decode(fingerprint[name])), dtype=torch.float32)
         parameter = load(name)
         sample = _sample(parameter, told.numel())
-        if len(sample) > 1:
-            told, sample = told[:-1], sample[:-1]  # of embeddings the last row may be a new word's, made at random
+        if name in new_last_rows and len(sample) > 1:
+            told, sample = told[:-1], sample[:-1]
         dtypes = {parameter.dtype, torch.float32, torch.bfloat16, torch.float16}
         if not any(torch.equal(told.to(d).float(), sample) or torch.equal(told, sample.to(d).float()) for d in dtypes):
             found.append(name)

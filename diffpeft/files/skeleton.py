@@ -89,7 +89,7 @@ def adapted_model(
 
 
 def true_heads(names: Iterable[str], adapter: PeftConfig | None) -> list[str]:
-    """Those of the tensors that a file has whole which are trained; the others are PEFT's copies of embeddings."""
+    """The names that belong to heads trained as a whole (`modules_to_save`); others are PEFT's copies of embeddings."""
     modules = None if adapter is None else adapter.modules_to_save or ()
     return [name for name in names if modules is None or any(f"{module}." in name for module in modules)]
 

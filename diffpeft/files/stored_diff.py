@@ -122,7 +122,10 @@ class StoredDiff:
         packed, parameter = self.packed, self.parameter
         check_whole([parameter], f"{self._label}: the first use of a file's values")
         if packed.numel() > CHECKSUM_BYTES and not bool(packed.any()):
-            raise ValueError(f"{self._label}: positions were never loaded; load it again, or give a trainer ref_model=")
+            raise ValueError(
+                f"{self._label}: its positions were never loaded; load the adapter again. If this is a trainer's copy "
+                "of the model, made as its reference, copies have no positions: pass the trainer ref_model="
+            )
         if bool(parameter.isnan().any()):
             raise ValueError(f"{self._label}: its values were never loaded or are damaged; load the adapter again")
         try:

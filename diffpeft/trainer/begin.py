@@ -1,4 +1,4 @@
-"""What a run settles before its first step: its optimizer, the length of gating, positions chosen before training."""
+"""Steps at the beginning of a run: choose positions by gradients, check the optimizer, and that gating fits the run."""
 
 import itertools
 import warnings
@@ -37,6 +37,7 @@ def choose_positions(tuner: BaseTuner, model: nn.Module, args: TrainingArguments
 
     first = list(itertools.islice(batches, SELECTION_BATCHES))
     summary = tuner.select_positions(first, loss_of, optimizer=optimizer)
+    optimizer.zero_grad()  # parameters outside of the tuner have gradients too
     return f"{summary.kept} of {summary.total} parameters chosen by the gradients of {len(first)} batches"
 
 

@@ -38,7 +38,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         gating_steps: gating's length in optimizer steps, instead of a share. 0 only trains an adapter that is pruned.
         fixmask_learning_rate: the highest learning rate of fixmask, which the schedule's highest from there on becomes;
             of several groups, that of the fastest with parts of the diff, and others keep their ratio to it. None:
-            `FIXMASK_FACTOR` times the run's `learning_rate`; with `gating_steps=0` the run's schedule as it is.
+            `FIXMASK_FACTOR` times their rate in gating; with `gating_steps=0` the run's schedule as it is.
         fixmask_warmup_steps: steps over which fixmask's learning rate rises to that, in equal parts; below 1 a share of
             fixmask.
 
@@ -114,7 +114,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             self._show(args, state, choose_positions(tuner, model, args, kwargs["train_dataloader"], optimizer))
         check_launch(args, tuner.phase() == "gating", self.fixmask_warmup_steps, low_memory)
         steps = max(1, round(self.gating_ratio * state.max_steps)) if self.gating_steps is None else self.gating_steps
-        again = self._tuner is tuner and tuner.phase() == "fixmask" and not state.global_step
+        attempted = self._tuner is not None and self._tuner.model is tuner.model
+        again = attempted and tuner.phase() == "fixmask" and not state.global_step
         if before_training or again:  # an attempt of this run ended in fixmask, such as one that ran out of memory
             steps = 0
         self.transition_step, self._skipped = steps, 0
@@ -122,7 +123,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         if state.global_step:
             saved = resume.saved_state(state, self)
             resume.check(tuner, name, saved)
-            factor = saved.get("fixmask_factor")
+            old = saved.get("fixmask_factors") or [None]  # in earlier checkpoints, one for each group
+            factor = saved.get("fixmask_factor", old[0])
         check_gating(tuner, steps, state)
         if not args.learning_rate > 0:
             raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
@@ -131,9 +133,10 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             self._in_backward.remove()
         self._in_backward = tuner.update_in_backward(optimizer) if low_memory else None
         own, groups = rates_of_diff(optimizer, tuner.diff_parameters(name), args.learning_rate)
-        rate, warmup = self.fixmask_learning_rate or self.FIXMASK_FACTOR * args.learning_rate, self.fixmask_warmup_steps
+        rate, warmup = self.fixmask_learning_rate or self.FIXMASK_FACTOR * own, self.fixmask_warmup_steps
         self._rates = RateSchedule(own, rate, steps, state.max_steps, warmup, groups, factor)
-        asked = self.fixmask_learning_rate is not None or before_training or again
+        chosen = before_training and self.gating_steps != 0
+        asked = self.fixmask_learning_rate is not None or chosen or again
         if asked and not steps and not state.global_step:
             self._rates.begin_fixmask(optimizer, _plain(kwargs["lr_scheduler"]))
         self._tuner, self._settings = tuner, resume.settings(tuner, name)

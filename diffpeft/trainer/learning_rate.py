@@ -16,7 +16,8 @@ class RateSchedule:
 
     All groups have the same factor. In gating it goes from 1 to `fixmask_rate` / `learning_rate` as the density falls:
     the fewer parameters carry the task, the farther each has to move. In fixmask it makes `fixmask_rate` the highest
-    rate that a group with parts of the diff has in what is left of the schedule. No such group ever has a higher one.
+    rate that a group with parts of the diff has in what is left of the schedule. Schedules other than a LambdaLR are
+    capped: at `fixmask_rate` in fixmask, in gating at the higher of the two rates.
 
     Args:
         learning_rate: the highest rate of a group with parts of the diff before it is changed, above 0.
@@ -67,8 +68,9 @@ class RateSchedule:
         elif self.fixmask_factor is not None:
             factor = self.fixmask_factor
         highest = self._highest(self._scheduled) * factor
-        if highest > self.fixmask_rate and (progress is not None or self.fixmask_factor is not None):
-            factor *= self.fixmask_rate / highest
+        bound = self.fixmask_rate if progress is None else max(self.learning_rate, self.fixmask_rate)
+        if highest > bound and (progress is not None or self.fixmask_factor is not None):
+            factor *= bound / highest
         if progress is None:
             warmup = self.warmup if self.warmup >= 1 else self.warmup * (self.max_steps - self.transition_step)
             factor *= min(1.0, (step + 1 - self.transition_step) / max(1.0, warmup))

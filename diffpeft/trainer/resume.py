@@ -105,6 +105,8 @@ def check(tuner: BaseTuner, adapter_name: str, saved: Mapping[str, Any]) -> None
     """
     now = settings(tuner, adapter_name)
     for name, before in saved["config"].items():
+        if name == "gated":  # in earlier checkpoints
+            name, before = "selection", "gates" if before else "magnitude"
         _check_same(name, before, now["config"].get(name))
     base, whole = saved["base"] or {}, not _any_sharded(tuner)
     if whole:

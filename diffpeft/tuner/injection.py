@@ -158,13 +158,21 @@ def known_parameters(layers: Sequence[DiffPruningLayer]) -> dict[str, nn.Paramet
     }
 
 
+def _with_rows_of_words(layers: Sequence[DiffPruningLayer]) -> list[str]:
+    """Names of the parameters with a row for each word: embeddings, and output layers of as many rows."""
+    embeddings = [layer for layer in layers if isinstance(layer.base_layer, nn.Embedding)]
+    sizes = {layer.shapes["weight"][0] for layer in embeddings if "weight" in layer.shapes}
+    return [layer.parameter_key(n) for layer in layers for n, shape in layer.shapes.items() if shape[0] in sizes]
+
+
 def check_base(layers: Sequence[DiffPruningLayer], adapter_name: str, config: DiffPruningConfig) -> None:
     """Note the base model's fingerprint in the config, or warn if the diff was made from another base."""
     parameters = known_parameters(layers)
     if config.base_fingerprint is None:
         config.base_fingerprint = fingerprint.take(parameters, parameters.__getitem__)
         return
-    other = fingerprint.differing(config.base_fingerprint, parameters, parameters.__getitem__)
+    rows = _with_rows_of_words(layers)
+    other = fingerprint.differing(config.base_fingerprint, parameters, parameters.__getitem__, rows)
     if other:
         warnings.warn(
             f"adapter {adapter_name!r} was made from other base weights: {len(other)} of {len(parameters)} parameters "

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from diffpeft.config import DiffPruningConfig
 from diffpeft.layer.layer import DiffPruningLayer
@@ -50,9 +50,11 @@ def select_positions(
 
 
 def _random_scores(layer: DiffPruningLayer, name: str) -> Scores:
-    """Uniform scores of a parameter, the same each time that they are computed."""
-    seed, numel, device = int(torch.randint(1 << 62, ())), layer.shapes[name].numel(), device_of(layer.base_layer)
-    return lambda: [torch.rand(numel, generator=torch.Generator().manual_seed(seed)).to(device)]
+    """Uniform scores of a parameter, the same each time that they are computed and in all processes."""
+    seeds, numel, device = [int(torch.randint(1 << 62, ()))], layer.shapes[name].numel(), device_of(layer.base_layer)
+    if distributed.is_initialized():
+        distributed.broadcast_object_list(seeds)
+    return lambda: [torch.rand(numel, generator=torch.Generator().manual_seed(seeds[0])).to(device)]
 
 
 def _squared_gradients(
@@ -78,8 +80,8 @@ def _squared_gradients(
             loss(batch).backward()  # type: ignore[no-untyped-call]
     for parameter, gradient in before.items():
         parameter.grad = gradient
-    for scores in found.values() if torch.distributed.is_initialized() else ():
-        torch.distributed.all_reduce(scores)
+    for scores in found.values() if distributed.is_initialized() else ():
+        distributed.all_reduce(scores)
     return found
 
 

@@ -46,6 +46,13 @@ def test_the_fastest_group_with_parts_of_the_diff_counts_whatever_others_have():
     assert rates(made) == pytest.approx([1e-1, 1e-3, 1e-4])
 
 
+def test_gating_keeps_a_scheduled_rate_above_fixmasks():
+    schedule, made = RateSchedule(1e-3, 5e-4, 8, 16), optimizer(1e-3)
+    for progress, rate in ((0.0, 1e-3), (1.0, 5e-4)):
+        assert schedule.apply(made, 3, progress) == pytest.approx(rate)
+        schedule.restore(made)
+
+
 SCHEDULES = {
     "linear": {},
     "cosine": {},

@@ -13,7 +13,7 @@ from torch import nn
 from trainers import Rows, arguments, make_trainer, peft_model
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
-from diffpeft import DiffPruningCallback, DiffPruningConfig
+from diffpeft import DiffPruningCallback, DiffPruningConfig, DiffPruningModel
 
 
 def trainer(tiny_bert, path, steps=8, extra=(), **kwargs):
@@ -32,14 +32,23 @@ class Raises(TrainerCallback):
             raise error
 
 
-@pytest.mark.parametrize("step", [3, 8, 12], ids=["gating", "transition", "fixmask"])
-def test_a_retry_with_a_smaller_batch_ends_pruned_in_every_phase(tiny_bert, tmp_path, step):
+@pytest.mark.parametrize(
+    ("step", "by"),
+    [(3, "peft"), (8, "peft"), (12, "peft"), (12, "transformers")],
+    ids=["gating", "transition", "fixmask", "fixmask in a model without PEFT's class"],
+)
+def test_a_retry_with_a_smaller_batch_ends_pruned_in_every_phase(tiny_bert, tmp_path, step, by):
     """Before, a retry after an out-of-memory error in fixmask failed, and the run was lost."""
-    extra = [Raises(step, RuntimeError("CUDA out of memory."))]
-    made = trainer(tiny_bert, tmp_path, extra=extra, auto_find_batch_size=True)
+    model = peft_model(tiny_bert)
+    if by == "transformers":
+        model = tiny_bert()
+        model.add_adapter(DiffPruningConfig(task_type="SEQ_CLS", target_density=0.02))
+    callbacks = [DiffPruningCallback(gating_steps=8), Raises(step, RuntimeError("CUDA out of memory."))]
+    settings = arguments(tmp_path, auto_find_batch_size=True)
+    made = Trainer(model, settings, train_dataset=Rows(), callbacks=callbacks)
     made.train()
     assert made.state.global_step == 16
-    tuner = made.model.base_model
+    tuner = DiffPruningModel.of(model)
     assert (tuner.phase(), tuner.num_nonzeros()) == ("fixmask", round(0.02 * tuner.num_base_parameters()))
     used = [entry["learning_rate"] for entry in made.state.log_history if "learning_rate" in entry]
     assert 5e-3 < max(used) <= 1e-2 * (1 + 1e-6)
@@ -71,8 +80,9 @@ def test_a_second_adapter_needs_a_new_trainer_and_says_so_at_once(tiny_bert, tmp
     assert made.model.base_model.phase("second") == "fixmask"
 
 
-def test_groups_with_rates_of_their_own_keep_their_ratio(tiny_bert, tmp_path):
-    """Before, all groups had the same rate from the transition on."""
+@pytest.mark.parametrize("asked", [1e-3, None])
+def test_groups_with_rates_of_their_own_keep_their_ratio(tiny_bert, tmp_path, asked):
+    """Before, all groups had the same rate from the transition on. Without a rate it is ten times the diff's own."""
     model = peft_model(tiny_bert)
     heads = [p for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" in n]
     others = [p for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n]
@@ -84,8 +94,8 @@ def test_groups_with_rates_of_their_own_keep_their_ratio(tiny_bert, tmp_path):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             used.append([group["lr"] for group in kwargs["optimizer"].param_groups])
 
-    callbacks = [DiffPruningCallback(gating_steps=8, fixmask_learning_rate=1e-3), Notes()]
-    settings = arguments(tmp_path, learning_rate=1e-4)
+    callbacks = [DiffPruningCallback(gating_steps=8, fixmask_learning_rate=asked), Notes()]
+    settings = arguments(tmp_path, learning_rate=1e-5)
     pair = (optimizer, schedule)
     Trainer(model, settings, train_dataset=Rows(), callbacks=callbacks, optimizers=pair).train()
     assert used[0] == pytest.approx([1e-2, 1e-4], rel=0.02)
@@ -189,3 +199,26 @@ def test_gradients_of_a_loss_of_ones_own_are_asked_for_before_the_trainer(tiny_b
     made = Trainer(model, arguments(tmp_path), train_dataset=rows, callbacks=[DiffPruningCallback()])
     with pytest.raises(ValueError, match="no loss of its own to take gradients of; before the Trainer is made, call"):
         made.train()
+
+
+def test_choosing_by_gradients_leaves_no_gradient_for_the_first_step(tiny_bert, tmp_path):
+    """Parameters outside of the adapted model, such as a head around it, train in the same optimizer."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.scale = peft_model(tiny_bert, selection="gradient"), nn.Parameter(torch.ones(()))
+
+        def forward(self, input_ids, labels):
+            return {"loss": self.scale * self.inner(input_ids, labels=labels).loss}
+
+    seen = []
+
+    class Notes(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            seen.append(model.scale.grad)
+
+    model = Around()
+    callbacks = [DiffPruningCallback(), Notes()]
+    Trainer(model, arguments(tmp_path, max_steps=1), train_dataset=Rows(), callbacks=callbacks).train()
+    assert seen == [None]

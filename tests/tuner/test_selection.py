@@ -3,6 +3,12 @@
 Besides full-precision models: a quantised base, a frozen second adapter, and an optimizer that was made before.
 """
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -147,6 +153,47 @@ def test_what_cannot_choose_says_what_to_do(tiny_bert, batch):
         gradient.base_model.select_positions([batch()], loss_of(gradient))
     with pytest.raises(ValueError, match=r"selection='best' is not known; use one of \('gates'"):
         DiffPruningConfig(selection="best")
+
+
+PROCESS = """
+import json, os, sys
+import torch
+from peft import get_peft_model
+from torch import distributed
+from transformers import BertConfig, BertForSequenceClassification
+from diffpeft import DiffPruningConfig
+
+rank, processes, folder = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.argv[1]
+if processes > 1:
+    distributed.init_process_group("gloo")
+ids = torch.arange(48).reshape(4, 12)
+batches = [{"input_ids": row[None], "labels": torch.tensor([index % 2])} for index, row in enumerate(ids)]
+found = {}
+for selection in ("gradient", "random"):
+    torch.manual_seed(0)
+    base = BertForSequenceClassification(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=32, max_position_embeddings=16)).eval()
+    model = get_peft_model(base, DiffPruningConfig(task_type="SEQ_CLS", target_density=0.05, selection=selection))
+    torch.manual_seed(rank)
+    model.base_model.select_positions(batches[rank::processes], lambda batch: model(**batch).loss)
+    found[selection] = {name: positions.tolist() for name, (positions, _) in model.base_model.get_diff().items()}
+with open(f"{folder}/{processes}-{rank}.json", "w") as file:
+    json.dump(found, file)
+if processes > 1:
+    distributed.destroy_process_group()
+"""
+
+
+def test_processes_with_batches_of_their_own_choose_as_one_process_with_all_of_them(tmp_path):
+    script = tmp_path / "choose.py"
+    script.write_text(PROCESS)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    run = {"env": environment, "check": True, "timeout": 300}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    for processes in ("1", "2"):
+        subprocess.run([*launch, processes, str(script), str(tmp_path)], **run)
+    one, first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert first == second == one
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -14,14 +14,15 @@ there; "final" uses it for all tasks, trains on all rows and looks at the valida
 """
 
 import argparse
+import inspect
 import json
 import shutil
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -86,11 +88,18 @@ class Setting:
     model: str = "all-MiniLM-L6-v2"
     density: float = DENSITY
     gating_ratio: float = 0.5
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Other arguments of `DiffPruningConfig` and `DiffPruningCallback`, and of ablations.py's variants."""
 
     @property
     def name(self) -> str:
         """The run's folder."""
-        return "-".join(str(value) for value in asdict(self).values()).replace("/", "_")
+        return "-".join(str(value) for value in asdict(self).values()).translate(str.maketrans("/'{}: ", "______"))
+
+    def of(self, kind: type) -> dict[str, Any]:
+        """The changes that are arguments of a class."""
+        known = inspect.signature(kind).parameters
+        return {name: value for name, value in self.changes.items() if name in known}
 
 
 def make_model(setting: Setting, path: str, labels: int) -> Any:
@@ -113,8 +122,8 @@ def make_model(setting: Setting, path: str, labels: int) -> Any:
     if setting.method == "supertuning":
         count = round(setting.density * model.base_model.num_parameters())
         return get_peft_model(model, SupertuningConfig(**linear, sparsity=1 - count / encoder))
-    config = DiffPruningConfig(**common, target_density=setting.density, selection=setting.method)
-    return get_peft_model(model, config)
+    common.update(target_density=setting.density, selection=setting.method)
+    return get_peft_model(model, DiffPruningConfig(**{**common, **setting.of(DiffPruningConfig)}))
 
 
 class Timed:
@@ -128,8 +137,8 @@ class Timed:
         self.seconds = time.perf_counter() - self.start
 
 
-def run(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
-    """Train and evaluate; the run's JSON line."""
+def run(setting: Setting, options: argparse.Namespace, extra: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """Train and evaluate; the run's JSON line. `extra` callbacks come before those of the method."""
     path = minilm() if setting.model == Setting.model else setting.model
     set_seed(setting.seed)
     data = load_data(argparse.Namespace(task_name=setting.task, data_dir=options.data_dir, max_train_samples=None,
@@ -152,13 +161,13 @@ def run(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
     collator = DataCollatorWithPadding(tokenizer)
     callbacks: list[Any] = []
     if setting.method in ("gates", "magnitude"):
-        callbacks = [DiffPruningCallback(setting.gating_ratio)]
+        callbacks = [DiffPruningCallback(**{"gating_ratio": setting.gating_ratio, **setting.of(DiffPruningCallback)})]
     elif setting.method in ("gradient", "random"):
         columns = [column for column in train.column_names if column in ("label", *tokenizer.model_input_names)]
         rows = train.shuffle(seed=setting.seed).select_columns(columns)
         batches = [collator([rows[32 * b + i] for i in range(32)]) for b in range(SELECTION_BATCHES)]
         model.base_model.select_positions(batches, lambda batch: model(**batch).loss)
-        callbacks = [DiffPruningCallback(gating_steps=0)]
+        callbacks = [DiffPruningCallback(gating_steps=0, fixmask_learning_rate=setting.learning_rate)]
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -180,8 +189,11 @@ def run(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
         train_dataset=train,
         data_collator=collator,
         compute_metrics=lambda p: compute_metrics(setting.task, p.predictions, p.label_ids),
-        callbacks=callbacks,
+        callbacks=[*extra, *callbacks],
     )
+    trainer.held_out = evaluation
+    for callback in extra:
+        callback.trainer = trainer  # type: ignore[attr-defined]
     trained = sum(p.numel() for n, p in trainer.model.named_parameters() if p.requires_grad and "classifier" not in n)
     checkpoint = last_checkpoint(output) if output.exists() else None
     with Timed() as clock:
@@ -196,10 +208,10 @@ def run(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
     return {**asdict(setting), **found, "trained": trained, "seconds": round(clock.seconds, 1) if whole else None}
 
 
-def load() -> list[dict[str, Any]]:
-    """The kept lines."""
-    file = RESULTS / "runs.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+def load(file: Path = RESULTS / "runs.jsonl") -> list[dict[str, Any]]:
+    """The kept lines of a file."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [{"changes": {}, **json.loads(line)} for line in lines]
 
 
 def is_done(setting: Setting, lines: list[dict[str, Any]]) -> bool:
