@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from diffpeft.files import encoding
 from diffpeft.files.encoding import CHECKSUM_BYTES, IN_MEMORY
+from diffpeft.files.keys import POSITIONS, VALUES
 from diffpeft.sparse.functions import RowPattern
 from diffpeft.sparse.sharded import check_whole, is_sharded
 
@@ -28,40 +28,28 @@ class StoredDiff:
     turns them into the values that are added, and strips the checksum. Nobody reads the parameter in another way.
 
     Args:
-        parameters: the adapter's values on the layer, by parameter name; `buffers` its packed positions.
-        name: the parameter's name in the layer; `key` the one in the base model, `shape` its shape.
-        adapter_name: the adapter, for messages.
-        dtype: gives the dtype of the values in the adapter's files.
-        others: gives the diffs of the same parameter by other adapters.
+        layer: the layer that holds the tensors, a `DiffPruningLayer`.
+        adapter_name: the adapter.
+        name: the parameter's name in the wrapped module.
     """
 
-    def __init__(
-        self,
-        parameters: nn.ParameterDict,
-        buffers: nn.Module,
-        name: str,
-        *,
-        key: str,
-        adapter_name: str,
-        shape: torch.Size,
-        dtype: Callable[[], str],
-        others: Callable[[], list[StoredDiff]] = list,
-    ) -> None:
-        self.key, self.shape, self._dtype, self._others = key, shape, dtype, others
-        self._parameters, self._buffers, self._name = parameters, buffers, name
-        self._label = f"{key}, adapter {adapter_name!r}"
+    def __init__(self, layer: Any, adapter_name: str, name: str) -> None:
+        self._layer, self._adapter_name, self._name = layer, adapter_name, name
+        self.key, self.shape = layer.parameter_key(name), layer.shapes[name]
+        self._parameters, self._buffers = (getattr(layer, kind)[adapter_name] for kind in (VALUES, POSITIONS))
+        self._label = f"{self.key}, adapter {adapter_name!r}"
         self._decoded: tuple[Tensor, int, Tensor] | None = None  # packed positions, their version, and positions
         self._pattern: tuple[Tensor, RowPattern] | None = None  # and the positions that it was made from
 
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter that trains, as it is: its values may still be a file's."""
-        return self._parameters._parameters[self._name]  # type: ignore[return-value]
+        return self._parameters._parameters[self._name]  # type: ignore[no-any-return]
 
     @property
     def packed(self) -> Tensor:
         """The packed positions, uint8."""
-        return self._buffers._buffers[self._name]  # type: ignore[return-value]
+        return self._buffers._buffers[self._name]  # type: ignore[no-any-return]
 
     @property
     def count(self) -> int:
@@ -101,13 +89,17 @@ class StoredDiff:
         return self._pattern[1]
 
     @property
+    def _dtype(self) -> str:
+        return self._layer.configs[self._adapter_name].value_dtype  # type: ignore[no-any-return]
+
+    @property
     def is_filled(self) -> bool:
         """Whether anything was ever loaded into the buffer or set there."""
         return not self.packed.is_meta and bool(self.packed.any())
 
     def encoded(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The given values, shape (k,), and the positions as they go into a file, with a checksum."""
-        return encoding.encode(self.positions, values, self.shape.numel(), self._dtype(), self.key)
+        return encoding.encode(self.positions, values, self.shape.numel(), self._dtype, self.key)
 
     def note(self, positions: Tensor) -> Tensor:
         """Note, and return, the positions that `packed` decodes to."""
@@ -145,7 +137,9 @@ class StoredDiff:
         """
         if self.packed.is_meta or self.is_filled or is_sharded(self.parameter):
             return
-        for other in self._others():
+        held = self._layer.diffpruning_values.items()
+        others = [name for name, own in held if name != self._adapter_name and self._name in own]
+        for other in (self._layer.sparse(name, self._name) for name in others):
             same = other.count == self.count and other.is_filled and not is_sharded(other.parameter)
             if same and torch.equal(other.values, self.parameter):
                 self._buffers._buffers[self._name] = other.packed.clone()
@@ -153,7 +147,7 @@ class StoredDiff:
 
     def _decode_values(self, parameter: nn.Parameter, packed: Tensor) -> None:
         """Check the numbers of a file, and turn them into the values that they stand for."""
-        dtype = self._dtype()
+        dtype = self._dtype
         stored = parameter.detach().to(getattr(torch, dtype))
         if not torch.equal(stored.to(parameter.dtype), parameter):
             raise ValueError(f"its values are not those of a file in {dtype}: it is damaged, or they were changed")

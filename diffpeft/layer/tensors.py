@@ -237,20 +237,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         """The adapter's sparse diff of parameter `name`; fixmask only."""
         found = self._sparse.get((adapter_name, name))
         if found is None:
-            found = self._sparse[adapter_name, name] = StoredDiff(
-                self.diffpruning_values[adapter_name],
-                self.diffpruning_positions[adapter_name],
-                name,
-                key=self.parameter_key(name),
-                adapter_name=adapter_name,
-                shape=self.shapes[name],
-                dtype=lambda: self.configs[adapter_name].value_dtype,
-                others=lambda: [
-                    self.sparse(o, name)
-                    for o, own in self.diffpruning_values.items()
-                    if o != adapter_name and name in own
-                ],
-            )
+            found = self._sparse[adapter_name, name] = StoredDiff(self, adapter_name, name)
         return found
 
     def sparse_diffs(self, adapter_name: str) -> dict[str, StoredDiff]:
