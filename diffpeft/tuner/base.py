@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
@@ -255,8 +254,14 @@ class DiffPruningTuner(BaseTuner):
         cls, model: nn.Module, config: DiffPruningConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Bring the adapter into the file's phase and shapes (PEFT's hook), which the loading itself does not."""
-        remap = partial(super()._remap_adapter_state_dict_for_load, model, config, adapter_name)
-        return saving.fit_to_file(model, config, adapter_name, state_dict, cls._remove_adapter_name_from_key, remap)
+        layers = {name: layer for name, layer in outer_modules(model) if isinstance(layer, DiffPruningLayer)}
+        layers = {name: layer for name, layer in layers.items() if layer.has_adapter(adapter_name)}
+        tensors = saving.match_file(layers.values(), config, adapter_name, state_dict)
+        own = {f"{n}.{key}": t for n, layer in layers.items() for key, t in layer.tensors(adapter_name).items()}
+        tensors = saving.rename(tensors, {cls._remove_adapter_name_from_key(key, adapter_name) for key in own})
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
+        saving.check_complete(own, adapter_name, remapped)
+        return remapped
 
     # Running
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from diffpeft.config import DiffPruningConfig
 from diffpeft.files.adapter import verify, verify_heads
 from diffpeft.files.encoding import checksums_of, encode, fits, has_checksum, strip_checksum
 from diffpeft.files.keys import KEY_MARKER, POSITIONS, VALUES, base_model_key, diff_keys, parameter_and_kind
-from diffpeft.layer.find import outer_modules
 from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.sparse.sharded import is_sharded
 
@@ -229,30 +228,3 @@ class FirstPassCheck:
                 f"the heads of adapter {self.adapter_name!r}, {sorted(heads)[:3]}, are damaged or were changed; load "
                 f"them with PeftModel.from_pretrained, or set peft_config[{self.adapter_name!r}].heads_checksum = None"
             )
-
-
-def fit_to_file(
-    model: nn.Module,
-    config: DiffPruningConfig,
-    adapter_name: str,
-    state_dict: dict[str, Tensor],
-    without_adapter: Callable[[str, str], str],
-    remap: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-) -> dict[str, Tensor]:
-    """A file's tensors under the model's names, after the adapter was brought into the file's phase and shapes.
-
-    `without_adapter` removes an adapter's name from a key, and `remap` puts it in, both as PEFT does.
-    """
-    layers = {
-        name: layer
-        for name, layer in outer_modules(model)
-        if isinstance(layer, DiffPruningLayer) and layer.has_adapter(adapter_name)
-    }
-    state_dict = match_file(layers.values(), config, adapter_name, state_dict)
-    own = {
-        f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.tensors(adapter_name).items()
-    }
-    state_dict = rename(state_dict, {without_adapter(key, adapter_name) for key in own})
-    remapped = remap(state_dict)
-    check_complete(own, adapter_name, remapped)
-    return remapped
