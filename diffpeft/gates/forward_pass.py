@@ -151,9 +151,8 @@ class ForwardPass:
             self.idle_passes += 1
             if self.idle_passes == MAX_IDLE_PASSES:
                 warnings.warn(
-                    f"{MAX_IDLE_PASSES} training passes have sampled gates, and none was followed by a gate_step, so "
-                    "gates stay as they are and nothing will be pruned; add DiffPruningCallback() to the Trainer's "
-                    "callbacks, or call gate_step and magnitude_prune in your own loop",
+                    f"{MAX_IDLE_PASSES} training passes have sampled gates without a gate_step: nothing will be "
+                    "pruned; add DiffPruningCallback() to the Trainer's callbacks, or call gate_step in your own loop",
                     stacklevel=2,
                 )
 

@@ -57,19 +57,15 @@ def _whole_modules(old: Checkpoint, new: Checkpoint, shapes: Mapping[str, torch.
     """
     lost = [name for name in new.parameters if name not in shapes]
     if 2 * len(lost) > len(new.parameters):
-        raise ValueError(
-            f"{old.label} has only {len(new.parameters) - len(lost)} of the {len(new.parameters)} parameters of "
-            f"{new.label}, e.g. not {lost[0]}; use the base that it was fine-tuned from"
-        )
+        raise ValueError(f"{old.label} lacks {lost[:3]} and more of {new.label}; use the base that it was tuned from")
     heads = list(new.heads)
     for name, shape in new.parameters.items():
         if shapes.get(name, shape) != shape and not inside(name, heads):
             top = name.partition(".")[0]
             if new.backbone in (None, top) or "." not in name:
                 raise ValueError(
-                    f"{name} is {tuple(shapes[name])} in {old.label} and {tuple(shape)} in {new.label}, and no diff "
-                    "goes between shapes; resize the base as the fine-tuned model was, e.g. with "
-                    "resize_token_embeddings"
+                    f"{name} is {tuple(shapes[name])} in {old.label} and {tuple(shape)} in {new.label}; resize the "
+                    "base as the fine-tuned model was, e.g. with resize_token_embeddings"
                 )
             heads.append(top)
     there = (name for name in new.parameters if name in shapes and not inside(name, heads))
@@ -78,10 +74,7 @@ def _whole_modules(old: Checkpoint, new: Checkpoint, shapes: Mapping[str, torch.
         if not inside(name, heads):
             module = next((module for module in _ancestors(name) if module not in shared), None)
             if module is None:
-                raise ValueError(
-                    f"{name} is only in {new.label}, in a module that {old.label} has too, so neither a diff nor a "
-                    "head can hold it; use the base that it was fine-tuned from"
-                )
+                raise ValueError(f"{name} of {new.label} has no module of its own; use the base it was tuned from")
             heads.append(module)
     return heads
 

@@ -176,8 +176,7 @@ def check_base(layers: Sequence[DiffPruningLayer], adapter_name: str, config: Di
     if other:
         warnings.warn(
             f"adapter {adapter_name!r} was made from other base weights: {len(other)} of {len(parameters)} parameters "
-            f"differ, {other[:3]}; its diff means little here. Load {config.base_model_name_or_path or 'its base'} as "
-            "it was",
+            f"differ, {other[:3]}; load {config.base_model_name_or_path or 'its base'} as it was",
             stacklevel=2,
         )
 

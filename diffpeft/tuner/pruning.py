@@ -173,11 +173,7 @@ def check_replaceable(optimizer: torch.optim.Optimizer, old: set[nn.Parameter]) 
     """Raise ValueError unless the optimizer's groups hold every parameter in `old`, so that they can be replaced."""
     missing = len(old - {parameter for group in optimizer.param_groups for parameter in group["params"]})
     if missing:
-        raise ValueError(
-            f"the optimizer ({type(optimizer).__name__}) does not hold {missing} of the {len(old)} parameters that "
-            "pruning replaces, so it would go on without the kept values; build it from model.parameters(), and do not "
-            "let it flatten or shard them"
-        )
+        raise ValueError(f"the optimizer does not hold {missing} parameters; build it from model.parameters()")
 
 
 def replace_parameters(

@@ -203,8 +203,7 @@ class FirstPassCheck:
         as_loaded = bool(buffers) and not any(buffer.is_meta or not has_checksum(buffer) for buffer in buffers.values())
         if diff_checksum is not None and as_loaded and checksums_of(buffers).diff != diff_checksum:
             raise ValueError(
-                f"the diff of adapter {self.adapter_name!r} is damaged or of another config; load it with "
-                "PeftModel.from_pretrained, which says where"
+                f"the diff of adapter {self.adapter_name!r} is damaged or of another one; load it with PEFT"
             )
         heads = {
             f"{name}.{key}": tensor

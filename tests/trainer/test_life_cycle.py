@@ -73,7 +73,7 @@ def test_a_second_adapter_needs_a_new_trainer_and_says_so_at_once(tiny_bert, tmp
     made.train()
     made.model.add_adapter("second", DiffPruningConfig(task_type="SEQ_CLS", target_density=0.02))
     made.model.set_adapter("second")
-    with pytest.raises(ValueError, match=r"of adapter 'second', .* make a new Trainer for this run"):
+    with pytest.raises(ValueError, match=r"adapter 'second' has .* make a new Trainer"):
         made.train()
     again = Trainer(made.model, arguments(tmp_path), train_dataset=Rows(), callbacks=[DiffPruningCallback()])
     again.train()
@@ -143,7 +143,7 @@ def test_a_loop_that_never_steps_the_gates_is_told_once(tiny_bert, batch, monkey
     model = peft_model(tiny_bert).train()
     for _ in range(2):
         model(**batch())
-    with pytest.warns(UserWarning, match="3 training passes have sampled gates, and none was followed by a gate_step"):
+    with pytest.warns(UserWarning, match="3 training passes have sampled gates without a gate_step"):
         model(**batch())
     model(**batch())
     model = peft_model(tiny_bert).train()

@@ -50,9 +50,8 @@ class InBackward:
         foreign = [index for index, group in enumerate(groups) if "betas" not in group]
         if foreign:
             raise ValueError(
-                f"low_memory=True updates large diffs as Adafactor does, at the learning rates of the optimizer, which "
-                f"are not Adam's in {type(optimizer).__name__}; use an optimizer with betas, e.g. optim='adamw_torch', "
-                "or low_memory=False"
+                f"low_memory=True uses the optimizer's learning rates, not Adam's in {type(optimizer).__name__}; use "
+                " an optimizer with betas, e.g. optim='adamw_torch', or low_memory=False"
             )
         self.rate_factor = 1.0
         """Factor of the groups' learning rates."""
@@ -84,9 +83,8 @@ class InBackward:
         update = status()
         if label in update.updated:
             raise RuntimeError(
-                f"{label} got a gradient twice for one update, and with low_memory=True the first is used up by "
-                "then: checkpoint gradients with use_reentrant=False, accumulate them within "
-                "accelerator.accumulate(model), and call gate_step after every update"
+                f"{label} got a gradient twice for one update; for low_memory=True use use_reentrant=False, "
+                "accumulate within accelerator.accumulate(model), and call gate_step after every update"
             )
         update.updated.add(label)
         group = {} if index is None else self._optimizer.param_groups[index]

@@ -102,8 +102,7 @@ def _held(diff: Diff, model: nn.Module, leave_out: bool) -> tuple[dict[str, int]
         examples = ", ".join(f"{count} in {name}" for name, count in list(left_out.items())[:3])
         raise ValueError(
             f"Super-Tuning holds weights of nn.Linear only, but {sum(left_out.values())} of {sum(counts.values())} "
-            f"nonzeros are in {len(left_out)} other parameters ({examples}); leave them out with leave_out=True, or "
-            'train with target_modules="all-linear", which still includes the biases of these modules'
+            f"nonzeros are elsewhere ({examples}); use leave_out=True, or train with target_modules='all-linear'"
         )
     sizes = {name: parameters[name].numel() for name in counts if name in linear}
     if not sizes:
