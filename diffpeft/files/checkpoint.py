@@ -126,11 +126,6 @@ class Checkpoint:
         self.missing = [name for name in lost if not re.search(ignored, name)]
 
     @property
-    def heads(self) -> list[str]:
-        """The modules of a fresh task head."""
-        return [] if self.model is None else fresh_head(self.model)
-
-    @property
     def model_class(self) -> type[PreTrainedModel] | None:
         """The class of the model in transformers; None where it has none."""
         return type(self.model) if isinstance(self.model, PreTrainedModel) else None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from diffpeft.sparse.inplace import Entry, InplaceUpdate, is_finite
+from diffpeft.sparse.inplace import Entry, InplaceUpdate, read_at
 
 
 class _Merged(NamedTuple):
@@ -44,7 +44,8 @@ class MergeStack:
         self._merged.append(merged)  # first: an interrupt leaves something to revert
         try:
             merged.update.apply()
-            if check_finite and not all(is_finite(entry) for entry in entries.values()):
+            finite = (read_at(entry.tensor.data, entry.positions).isfinite().all() for entry in entries.values())
+            if check_finite and not all(map(bool, finite)):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
         except BaseException:
             self.pop({name: entry.tensor for name, entry in entries.items()})

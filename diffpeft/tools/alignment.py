@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from diffpeft.files.checkpoint import Checkpoint
+from diffpeft.files.checkpoint import Checkpoint, fresh_head
 
 
 class Alignment(NamedTuple):
@@ -58,7 +58,7 @@ def _whole_modules(old: Checkpoint, new: Checkpoint, shapes: Mapping[str, torch.
     lost = [name for name in new.parameters if name not in shapes]
     if 2 * len(lost) > len(new.parameters):
         raise ValueError(f"{old.label} lacks {lost[:3]} and more of {new.label}; use the base that it was tuned from")
-    heads = list(new.heads)
+    heads = [] if new.model is None else fresh_head(new.model)
     for name, shape in new.parameters.items():
         if shapes.get(name, shape) != shape and not inside(name, heads):
             top = name.partition(".")[0]

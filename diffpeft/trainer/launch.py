@@ -22,7 +22,9 @@ def check_launch(args: TrainingArguments, gating: bool, warmup: float, low_memor
 
     It matters whether gates are learned, perhaps in the low-memory mode, and whether fixmask has a warm-up of its own.
     """
-    _check_optimizer(args)
+    name = str(getattr(args.optim, "value", args.optim))
+    if name in STEP_IN_BACKWARD or name.endswith("_layerwise"):
+        raise ValueError(f"optim={name!r} steps before gates do; use adamw_torch or DiffPruningConfig(low_memory=True)")
     if low_memory:
         check_low_memory()
     if args.n_gpu > 1:
@@ -57,10 +59,3 @@ def _check_fsdp(plugin: Any) -> None:
         raise ValueError("positions are buffers, which are lost; set fsdp_cpu_ram_efficient_loading: false")
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         raise ValueError(f"{plugin.state_dict_type} splits adapters; set fsdp_state_dict_type: FULL_STATE_DICT")
-
-
-def _check_optimizer(args: TrainingArguments) -> None:
-    """Raise ValueError for an optimizer that updates parameters within the backward pass."""
-    name = str(getattr(args.optim, "value", args.optim))
-    if name in STEP_IN_BACKWARD or name.endswith("_layerwise"):
-        raise ValueError(f"optim={name!r} steps before gates do; use adamw_torch or DiffPruningConfig(low_memory=True)")

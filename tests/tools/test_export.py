@@ -214,7 +214,8 @@ def test_adapters_of_peft_are_read_as_the_delta_that_peft_merges(tmp_path, metho
     merged = model.merge_and_unload().state_dict()
     assert read.heads.keys() == ({"classifier.weight", "classifier.bias"} if name == "bert" else set())
     assert len(read.diff) == {"llama": 4, "bert": 6}[name]
-    to_checkpoint(base, read.diff, tmp_path / "merged", read.heads)
+    base.save_pretrained(tmp_path / "base")
+    to_checkpoint(tmp_path / "base", read.diff, tmp_path / "merged", read.heads)
     saved = load_file(tmp_path / "merged" / "model.safetensors")
     assert all(torch.equal(saved[key], merged[key]) for key in saved)
 
