@@ -25,12 +25,6 @@ MIN_ROWWISE_ELEMENTS = 1 << 20
 """Elements of an embedding from which on a pass without gradients makes the rows of the batch alone."""
 
 
-def check_not_traced(key: str) -> None:
-    """Raise NotImplementedError while torch traces the model, which cannot follow the sum of parameters and a diff."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-        raise NotImplementedError(f"torch.jit.trace cannot follow the diff of {key}; merge first, and trace then")
-
-
 # Without a copy of the weight
 
 
