@@ -1,4 +1,4 @@
-"""Steps at the beginning of a run: choose positions by gradients, and check that gating fits the run."""
+"""Steps at the beginning of a run: choose positions by gradients, check the optimizer, and that gating fits the run."""
 
 import itertools
 import warnings
@@ -7,17 +7,15 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import TrainerState, TrainingArguments
+
+from diffpeft.sparse.sharded import is_sharded
 
 MIN_GATING_STEPS = 8
 """Fewer steps of gating are too few for gates to end near the target density."""
 SELECTION_BATCHES = 8
 """Batches that `selection="gradient"` takes gradients of."""
-
-
-def is_chosen_before_training(tuner: BaseTuner) -> bool:
-    """Whether the adapter has no gating phase to choose its positions in."""
-    return not tuner.peft_config[tuner.resolve(None)].chosen_in_training
 
 
 def choose_positions(tuner: BaseTuner, model: nn.Module, args: TrainingArguments, batches: Any, optimizer: Any) -> str:
@@ -43,24 +41,32 @@ def choose_positions(tuner: BaseTuner, model: nn.Module, args: TrainingArguments
     return f"{summary.kept} of {summary.total} parameters chosen by the gradients of {len(first)} batches"
 
 
+def check_optimizer(optimizer: Any, tuner: BaseTuner, adapter_name: str) -> None:
+    """Raise ValueError unless the optimizer holds the adapter's parameters, which pruning and loading replace."""
+    plain = getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
+    if not isinstance(plain, Optimizer):  # DeepSpeed's holds others in their place
+        return
+    held = {parameter for group in plain.param_groups for parameter in group["params"]}
+    own = [p for layer in tuner.layers_of(adapter_name) for p in layer.adapter_parameters(adapter_name)]
+    missing = sum(1 for p in own if p.requires_grad and p not in held)
+    if missing and not any(is_sharded(parameter) for parameter in own):
+        raise ValueError(
+            f"adapter {adapter_name!r} has {missing} parameters beside the optimizer's; make a new Trainer"
+        )
+
+
 def check_gating(tuner: BaseTuner, steps: int, state: TrainerState) -> None:
     """Raise ValueError where gating of so many steps does not fit run and adapter; warn where it is too short."""
     gating = tuner.phase() == "gating"
     if steps > state.max_steps:
-        raise ValueError(
-            f"gating_steps={steps} is more than the {state.max_steps} steps of the run; lower it, or raise "
-            "num_train_epochs or max_steps"
-        )
+        raise ValueError(f"gating_steps={steps} is more than the {state.max_steps} steps of the run; lower it")
     if gating and state.global_step >= steps:
         raise ValueError(
             f"the adapter is in gating, but the run is at step {state.global_step} and gating ends after {steps}; "
             "use gating_steps > 0, and resume from a checkpoint that holds the adapter"
         )
     if not gating and state.global_step < steps:
-        raise ValueError(
-            f"the adapter is pruned already, but gating lasts until step {steps}; to go on in fixmask use "
-            "DiffPruningCallback(gating_steps=0)"
-        )
+        raise ValueError("the adapter is pruned already; to go on in fixmask use DiffPruningCallback(gating_steps=0)")
     automatic = tuner.is_gated() and tuner.peft_config[tuner.resolve(None)].l0_lambda == "auto"
     if automatic and steps < MIN_GATING_STEPS:
         warnings.warn(

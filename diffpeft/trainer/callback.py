@@ -19,11 +19,10 @@ from diffpeft.gates.forward_pass import ForwardPass
 from diffpeft.gates.update.in_backward import InBackward
 from diffpeft.model import DiffPruningModel
 from diffpeft.trainer import resume
-from diffpeft.trainer.begin import check_gating, choose_positions, is_chosen_before_training
+from diffpeft.trainer.begin import check_gating, check_optimizer, choose_positions
 from diffpeft.trainer.ddp import DDPFinder, common_seed
 from diffpeft.trainer.launch import check_launch
 from diffpeft.trainer.learning_rate import USED_RATE_ATTRIBUTE, RateSchedule, rates_of_diff
-from diffpeft.trainer.optimizer import OptimizerCheck
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +80,6 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         self._settings: dict[str, Any] = {}
         self._in_backward: InBackward | None = None
         self._ddp = DDPFinder()
-        self._optimizer = OptimizerCheck()
         self._noise: tuple[ForwardPass, int] | None = None  # of several processes, with the seed that they share
         self._substep = 0
 
@@ -108,7 +106,10 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         """Check that model, run and checkpoint fit together, before any work is done."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         tuner = _tuner_of(model, state, self)
-        low_memory, before_training = _is_low_memory(tuner), is_chosen_before_training(tuner)
+        low_memory, before_training = (
+            _is_low_memory(tuner),
+            not tuner.peft_config[tuner.resolve(None)].chosen_in_training,
+        )
         if before_training and tuner.phase() == "gating" and not state.global_step:
             self._show(args, state, choose_positions(tuner, model, args, kwargs["train_dataloader"], optimizer))
         check_launch(args, tuner.phase() == "gating", self.fixmask_warmup_steps, low_memory)
@@ -127,7 +128,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         check_gating(tuner, steps, state)
         if not args.learning_rate > 0:
             raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
-        self._optimizer.watch(optimizer, tuner, name)
+        check_optimizer(optimizer, tuner, name)
         if self._in_backward is not None:  # of an attempt that ended early
             self._in_backward.remove()
         self._in_backward = tuner.update_in_backward(optimizer) if low_memory else None

@@ -160,7 +160,7 @@ def test_a_checkpoint_without_our_state_is_refused(killed):
     state = json.loads((directory / "checkpoint-4" / STATE).read_text())
     del state["stateful_callbacks"]["DiffPruningCallback"]
     (directory / "checkpoint-4" / STATE).write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="of step 4 has no state of DiffPruningCallback"):
+    with pytest.raises(ValueError, match="of step 4 has no state of one DiffPruningCallback"):
         again().train(resume_from_checkpoint=str(directory / "checkpoint-4"))
 
 
