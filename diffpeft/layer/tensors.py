@@ -157,7 +157,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 f"{self.key} is quantised, where gates cannot be learned; use selection='gradient', or train and prune "
                 "the adapter on the model as it was and load it here, or leave the module out with exclude_modules"
             )
-        # Some loaders leave what is offloaded as it was: NaN shows, zeros would pass for a diff that was loaded.
+        # Some loaders leave what is offloaded as it was: zeros must not pass for a diff that was loaded.
         unknown = config.inference_mode and is_offloaded(self.base_layer)
         self._set_tensors(adapter_name, gating_tensors(self.shapes, device_of(self.base_layer), config, unknown))
         self.generations[adapter_name] = next(_generations)
