@@ -49,8 +49,8 @@ class InBackward:
         foreign = [index for index, group in enumerate(groups) if "betas" not in group]
         if foreign:
             raise ValueError(
-                f"low_memory=True uses the optimizer's learning rates, not Adam's in {type(optimizer).__name__}; use "
-                " an optimizer with betas, e.g. optim='adamw_torch', or low_memory=False"
+                f"low_memory=True uses the optimizer's learning rates, not Adam's in {type(optimizer).__name__}; use an "
+                "optimizer with betas, e.g. optim='adamw_torch', or low_memory=False"
             )
         self.rate_factor = 1.0
         """Factor of the groups' learning rates."""
