@@ -20,6 +20,8 @@ from diffpeft.files.atomic import making, replace_config, stage_weights
 from diffpeft.files.checkpoint import parameter_shapes
 from diffpeft.files.encoding import (
     VALUE_DTYPES,
+    buffer_size,
+    check_checksum,
     checksums_of,
     decode,
     dtype_name,
@@ -170,13 +172,32 @@ def verify(tensors: Mapping[str, Tensor], config: PeftConfig, shapes: Mapping[st
                 stored, buffer = encode(unpack(buffer, stored.numel(), numel), stored, numel, config.value_dtype, name)
             diff[name] = decode(stored, buffer, numel, name)
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{name}: {error}{_other_rows(shapes[name], stored, buffer, name)}") from None
         dtypes.add(dtype_name(stored.dtype))
     if len(dtypes) > 1:
         raise ValueError(f"the diff has values of {sorted(dtypes)}; the file is damaged")
     if config.diff_checksum is not None and checksums_of(tensors).diff != config.diff_checksum:
         raise ValueError(f"the diff is not that of {CONFIG_NAME}: the file is damaged, or of another adapter")
     return Decoded(diff, heads, dtypes.pop() if dtypes else config.value_dtype)
+
+
+def _other_rows(shape: torch.Size, stored: Tensor, buffer: Tensor, name: str) -> str:
+    """The hint that a parameter had another number of rows, as embeddings have with another vocabulary, or ""."""
+    try:
+        check_checksum(buffer, stored, name)
+    except ValueError:
+        return ""  # damaged
+    row, dtype = shape.numel() // max(1, shape[0]), dtype_name(stored.dtype)
+    candidates = range(-(-stored.numel() // row), 2 * shape[0])
+    rows = [n for n in candidates if n != shape[0] and buffer_size(stored.numel(), n * row, dtype) == len(buffer)]
+    return (
+        ""
+        if not rows
+        else (
+            f". Its checksum is right, so it was made for {rows[0]} to {rows[-1]} rows, the model has {shape[0]}: if "
+            "the vocabulary was padded or resized since, load and merge the adapter at the old size, and resize then"
+        )
+    )
 
 
 def verify_heads(tensors: Mapping[str, Tensor], checksum: int | None) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -71,3 +71,20 @@ def fixmask_tensors(
         size = buffer_size(count, shapes[name].numel(), config.value_dtype)
         packed[name] = torch.zeros(size, dtype=torch.uint8, device=device)
     return {VALUES: values, POSITIONS: packed}
+
+
+def check_phases(state: Collection[str], prefix: str, gating: Mapping[str, bool]) -> None:
+    """Raise ValueError where a state dict has an adapter of a layer in the other phase than the model.
+
+    `state` are its keys, those of the layer begin with `prefix`; `gating` tells each adapter's phase in the model.
+    """
+    for adapter_name, is_gating in gating.items():
+        kinds = (GATING_PARAMETERS[0], VALUES)
+        held = [any(key.startswith(f"{prefix}{kind}.{adapter_name}.") for key in state) for kind in kinds]
+        if held == [not is_gating, is_gating]:
+            theirs, ours = ("fixmask", "gating") if is_gating else ("gating", "fixmask")
+            raise ValueError(
+                f"the state that is loaded has adapter {adapter_name!r} in {theirs}, and the model has it in {ours}; "
+                "save the adapter with save_pretrained beside the state, make the model with "
+                "PeftModel.from_pretrained(base, directory, is_trainable=True), then the optimizer, and load the state"
+            )

@@ -145,7 +145,7 @@ class DiffPruningLayer(AdapterTensors):
                 return self.base_layer(*args, **kwargs)
         if is_offloaded(self.base_layer):
             containers = [tensors for name in self.all_names for tensors in getattr(self, name).values()]
-            return run_onloaded(self.base_layer, containers, self._forward, args, kwargs)
+            return run_onloaded(self.base_layer, containers, self._forward_loaded, args, kwargs)
         return self._forward(*args, **kwargs)
 
     def running_layers(self) -> list[DiffPruningLayer]:
@@ -172,6 +172,11 @@ class DiffPruningLayer(AdapterTensors):
                 self.base_layer.__dict__.update(hiding)
                 self._running = {}
         return run.add_to_quantized(self, output, *args) if self.quantized else output
+
+    def _forward_loaded(self, *args: Any, **kwargs: Any) -> Any:
+        """Run with offloaded parameters, which are here now."""
+        run.check_loaded(self)
+        return self._forward(*args, **kwargs)
 
     def train(self, mode: bool = True) -> DiffPruningLayer:
         """Set the training mode; a batch norm stays in evaluation: its running statistics are the base's."""
@@ -214,13 +219,25 @@ class DiffPruningLayer(AdapterTensors):
             self._merges.pop({self.parameter_key(name): parameter for name, parameter in self._own().items()})
 
     def entries(self, adapter_name: str) -> dict[str, Entry]:
-        """The entries that the adapter adds to the module's parameters, by parameter name."""
+        """The entries that the adapter adds to the module's parameters, by parameter name.
+
+        Raises:
+            IndexError: the diff reaches beyond a parameter that was larger when the adapter was attached.
+        """
         own = self._own()
         if self.is_gating(adapter_name):
             names = [name for name in self.shapes if self.changes(adapter_name, name)]
             return {name: Entry(own[name], None, self.delta(adapter_name, name)) for name in names}
-        diffs = self.sparse_diffs(adapter_name)
-        return {name: Entry(own[name], diff.positions, diff.parameter) for name, diff in diffs.items()}
+        entries = {}
+        for name, diff in self.sparse_diffs(adapter_name).items():
+            numel, positions = own[name].numel(), diff.positions
+            if numel < self.shapes[name].numel() and int(positions[-1]) >= numel:
+                raise IndexError(
+                    f"the diff of {self.parameter_key(name)} reaches beyond its {numel} elements: it was larger when "
+                    "the adapter was attached; load the adapter onto the model as it is now"
+                )
+            entries[name] = Entry(own[name], positions, diff.parameter)
+        return entries
 
     def _own(self) -> dict[str, nn.Parameter]:
         """All parameters of the wrapped module, as it holds them."""

@@ -173,7 +173,18 @@ def _small_parameters(
     return small
 
 
-# On a quantised weight
+# On offloaded parameters, and on a quantised weight
+
+
+def check_loaded(layer: Layer) -> None:
+    """Raise ValueError where a gating adapter's w, which was offloaded, was never loaded."""
+    for adapter_name, tensors in layer.diffpruning_w.items():
+        for name, w in tensors.items():
+            if bool(w.isnan().any()):
+                raise ValueError(
+                    f"{layer.parameter_key(name)}, adapter {adapter_name!r}: w was never loaded or is damaged; load "
+                    "the adapter again, with PeftModel.from_pretrained"
+                )
 
 
 def add_to_quantized(layer: Layer, output: Tensor, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from diffpeft.files.keys import POSITIONS, VALUES
 from diffpeft.files.stored_diff import StoredDiff
 from diffpeft.gates import hard_concrete as gates
 from diffpeft.gates.update.held import GATING_BUFFERS, UpdateStatus
-from diffpeft.layer.initial import GATING_PARAMETERS, fixmask_tensors, gating_tensors
+from diffpeft.layer.initial import GATING_PARAMETERS, check_phases, fixmask_tensors, gating_tensors
 from diffpeft.layer.wrapped import device_of, is_offloaded, keeping_dtype, own_shapes, quantization_backend
 
 _generations = itertools.count()
@@ -129,6 +129,11 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 if adapter_name in container:
                     container[adapter_name].to(target)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load what a state dict has of this module (torch's hook). ValueError for adapters of another phase."""
+        check_phases(state_dict, prefix, {name: self.is_gating(name) for name in self.configs})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         """Move or cast the wrapped module; the adapter moves along but keeps its dtypes.
 
@@ -157,7 +162,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 f"{self.key} is quantised, where gates cannot be learned; use selection='gradient', or train and prune "
                 "the adapter on the model as it was and load it here, or leave the module out with exclude_modules"
             )
-        # Some loaders leave what is offloaded as it was: NaN shows, zeros would pass for a diff that was loaded.
+        # Some loaders leave what is offloaded as it was: zeros must not pass for a diff that was loaded.
         unknown = config.inference_mode and is_offloaded(self.base_layer)
         self._set_tensors(adapter_name, gating_tensors(self.shapes, device_of(self.base_layer), config, unknown))
         self.generations[adapter_name] = next(_generations)

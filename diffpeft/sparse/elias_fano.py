@@ -85,8 +85,8 @@ def _unpack(packed: Tensor, count: int, numel: int) -> Tensor:
     coded, bits, size = _layout(count, numel)
     if packed.numel() != size:
         raise ValueError(
-            f"{packed.numel()} bytes cannot hold {count} positions below {numel}, which take {size}: the file is "
-            "damaged or belongs to another model; if the vocabulary was resized since, merge it before that"
+            f"{packed.numel()} bytes cannot hold {count} positions below {numel}, which take {size}: "
+            "the file is damaged or belongs to another model"
         )
     if size == 0:
         return torch.arange(count, device=packed.device)

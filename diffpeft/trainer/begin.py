@@ -1,4 +1,4 @@
-"""Steps at the beginning of a run: choose positions by gradients, check the optimizer, and that gating fits the run."""
+"""Steps at the beginning of a run: choose positions by gradients, and check that gating fits the run."""
 
 import itertools
 import warnings
@@ -7,10 +7,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import TrainerState, TrainingArguments
-
-from diffpeft.sparse.sharded import is_sharded
 
 MIN_GATING_STEPS = 8
 """Fewer steps of gating are too few for gates to end near the target density."""
@@ -39,20 +36,6 @@ def choose_positions(tuner: BaseTuner, model: nn.Module, args: TrainingArguments
     summary = tuner.select_positions(first, loss_of, optimizer=optimizer)
     optimizer.zero_grad()  # parameters outside of the tuner have gradients too
     return f"{summary.kept} of {summary.total} parameters chosen by the gradients of {len(first)} batches"
-
-
-def check_optimizer(optimizer: Any, tuner: BaseTuner, adapter_name: str) -> None:
-    """Raise ValueError unless the optimizer holds the adapter's parameters, which pruning and loading replace."""
-    plain = getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
-    if not isinstance(plain, Optimizer):  # DeepSpeed's holds others in their place
-        return
-    held = {parameter for group in plain.param_groups for parameter in group["params"]}
-    own = [p for layer in tuner.layers_of(adapter_name) for p in layer.adapter_parameters(adapter_name)]
-    missing = sum(1 for p in own if p.requires_grad and p not in held)
-    if missing and not any(is_sharded(parameter) for parameter in own):
-        raise ValueError(
-            f"adapter {adapter_name!r} has {missing} parameters beside the optimizer's; make a new Trainer"
-        )
 
 
 def check_gating(tuner: BaseTuner, steps: int, state: TrainerState) -> None:

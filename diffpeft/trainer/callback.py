@@ -19,10 +19,11 @@ from diffpeft.gates.forward_pass import ForwardPass
 from diffpeft.gates.update.in_backward import InBackward
 from diffpeft.model import DiffPruningModel
 from diffpeft.trainer import resume
-from diffpeft.trainer.begin import check_gating, check_optimizer, choose_positions
+from diffpeft.trainer.begin import check_gating, choose_positions
 from diffpeft.trainer.ddp import DDPFinder, common_seed
 from diffpeft.trainer.launch import check_launch
 from diffpeft.trainer.learning_rate import USED_RATE_ATTRIBUTE, RateSchedule, rates_of_diff
+from diffpeft.trainer.optimizer import OptimizerCheck
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         self._settings: dict[str, Any] = {}
         self._in_backward: InBackward | None = None
         self._ddp = DDPFinder()
+        self._optimizer = OptimizerCheck()
         self._noise: tuple[ForwardPass, int] | None = None  # of several processes, with the seed that they share
         self._substep = 0
 
@@ -128,7 +130,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         check_gating(tuner, steps, state)
         if not args.learning_rate > 0:
             raise ValueError(f"learning_rate={args.learning_rate} trains nothing; use a positive number")
-        check_optimizer(optimizer, tuner, name)
+        self._optimizer.watch(optimizer, tuner, name)
         if self._in_backward is not None:  # of an attempt that ended early
             self._in_backward.remove()
         self._in_backward = tuner.update_in_backward(optimizer) if low_memory else None

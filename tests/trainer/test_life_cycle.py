@@ -56,11 +56,12 @@ def test_a_retry_with_a_smaller_batch_ends_pruned_in_every_phase(tiny_bert, tmp_
 
 @pytest.mark.parametrize("step", [4, 12], ids=["gating", "fixmask"])
 def test_after_an_interrupt_the_same_trainer_resumes_or_says_why_not(tiny_bert, tmp_path, step):
+    """Before, a gating checkpoint on a Trainer that had pruned was an obscure error of torch."""
     made = trainer(tiny_bert, tmp_path, extra=[Raises(14, KeyboardInterrupt())], save_strategy="steps", save_steps=4)
     with pytest.raises(KeyboardInterrupt):
         made.train()
     if step == 4:
-        with pytest.raises(ValueError, match="that doesn't match the size of optimizer's group"):
+        with pytest.raises(ValueError, match=r"the optimizer does not hold .* make a new Trainer for this run"):
             made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
         made = trainer(tiny_bert, tmp_path)
     made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))

@@ -176,7 +176,7 @@ def test_a_model_that_was_switched_can_be_copied_pickled_and_moved(model, tmp_pa
 def test_a_weight_that_became_smaller_is_an_error(model):
     layer = next(layer for layer in model.base_model.all_layers() if (layer.nnz("second") or {}).get("weight", 0) > 5)
     layer.base_layer.weight.data = layer.base_layer.weight.data[:1].clone()
-    with pytest.raises(IndexError, match="index out of range"):
+    with pytest.raises(IndexError, match=r"reaches beyond its \d+ elements"):
         model.base_model.switch_adapter("second")
     assert not any(layer.merged for layer in model.base_model.all_layers())
 

@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import get_peft_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -104,6 +105,22 @@ def test_a_copy_that_no_adapter_has_the_values_of_says_what_to_do(tiny_bert, bat
     model.set_adapter("ref")
     with pytest.raises(ValueError, match=r"were never loaded; load the adapter again. If this is a.* ref_model="):
         model(**batch())
+
+
+@pytest.mark.parametrize("phase", ["gating", "fixmask"])
+def test_a_state_of_the_other_phase_says_how_to_load_it(tiny_bert, tmp_path, phase):
+    made = {"gating": peft_model(tiny_bert), "fixmask": pruned(tiny_bert)}
+    saved = made.pop(phase)
+    other = next(iter(made.values()))
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(saved)
+    accelerator.save_state(tmp_path)
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(other)
+    with pytest.raises(ValueError, match=rf"has adapter 'default' in {phase}, .* PeftModel.from_pretrained\(base, dir"):
+        accelerator.load_state(tmp_path)
+    with pytest.raises(ValueError, match=f"has adapter 'default' in {phase}"):
+        other.load_state_dict(saved.state_dict(), strict=False)
 
 
 def test_copies_of_a_pruned_model_are_the_same(tiny_bert, batch):
