@@ -49,7 +49,7 @@ class InBackward:
         foreign = [index for index, group in enumerate(groups) if "betas" not in group]
         if foreign:
             raise ValueError(
-                f"low_memory=True uses the optimizer's learning rates, not Adam's in {type(optimizer).__name__}; use an "
+                f"low_memory=True uses the optimizer's rates, not Adam's in {type(optimizer).__name__}; use an "
                 "optimizer with betas, e.g. optim='adamw_torch', or low_memory=False"
             )
         self.rate_factor = 1.0
