@@ -83,17 +83,25 @@ def open_probability(log_alpha: Tensor, stretch: Stretch) -> Tensor:
 
 
 def gated_parameter(
-    base: Tensor, w: Tensor, log_alpha: Tensor, group_log_alpha: Tensor | None, stretch: Stretch
+    base: Tensor,
+    w: Tensor,
+    log_alpha: Tensor,
+    group_log_alpha: Tensor | None,
+    stretch: Stretch,
+    noise: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """The effective parameter theta + z z_group w with deterministic gates (arXiv 2012.07463, equations 3 and 5).
+    """The effective parameter theta + z z_group w (arXiv 2012.07463, equations 3 and 5).
 
     Tensors are those of [`GatedTensors`]; the result has `base`'s shape and dtype and is differentiable in the others.
+
+    Args:
+        noise: uniform noise of the elements, shape of `base`, and of the group, shape (1,); None: deterministic gates.
     """
-    if not torch.is_grad_enabled():
+    if noise[0] is None and not torch.is_grad_enabled():
         return delta(w, log_alpha, group_log_alpha, stretch).add_(base).to(base.dtype)
-    change = gate(log_alpha, None, stretch) * w
+    change = gate(log_alpha, noise[0], stretch) * w
     if group_log_alpha is not None:
-        change = change * gate(group_log_alpha, None, stretch).reshape(())
+        change = change * gate(group_log_alpha, noise[1], stretch).reshape(())
     return (change + base.detach()).to(base.dtype)
 
 

@@ -68,9 +68,6 @@ def check_mergeable(layer: Any, adapter_name: str) -> None:
         others = [*layer.shared_with.get(name, [])]
         others += [tied.key for tied in layer.tied_layers.get(name, []) if adapter_name not in tied.configs]
         if others and layer.changes(adapter_name, name):
-            raise ValueError(
-                f"{layer.parameter_key(name)} is also a parameter of {others}, which the adapter leaves alone: merging "
-                f"adapter {adapter_name!r} would change them too; adapt or exclude all of them, or untie them"
-            )
+            raise ValueError(f"{name} of {layer.key} is also in {others}, which the adapter leaves alone; adapt both")
     if layer.quantized and "weight" in (layer.nnz(adapter_name) or {}):
         raise ValueError(f"{layer.key} is quantised: merging rounds it again; use it unmerged, or load it unquantised")

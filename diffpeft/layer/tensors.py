@@ -173,6 +173,8 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         Until a file or [`set_diff`] fills them they are NaN and their positions nowhere, so that what was never loaded
         is not taken for a diff of zeros. Parameters without nonzeros take no tensors at all.
         """
+        for name in (name for name, count in nnz.items() if count > self.shapes[name].numel()):
+            raise ValueError(f"{self.parameter_key(name)} has no {nnz[name]} elements; the adapter is of another model")
         device, config = device_of(self.base_layer), self.configs[adapter_name]
         self._set_tensors(adapter_name, fixmask_tensors(self.shapes, nnz, device, config))
 

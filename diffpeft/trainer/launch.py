@@ -37,7 +37,13 @@ def check_launch(args: TrainingArguments, gating: bool, warmup: float, low_memor
     state: Any = AcceleratorState()
     kind = state.distributed_type
     if kind == DistributedType.FSDP:
-        _check_fsdp(state.fsdp_plugin)
+        plugin = state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"FSDP version {plugin.fsdp_version} flattens parameters; set fsdp_version: 2")
+        if plugin.cpu_ram_efficient_loading:
+            raise ValueError("positions are buffers, which are lost; set fsdp_cpu_ram_efficient_loading: false")
+        if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            raise ValueError(f"{plugin.state_dict_type} splits adapters; set fsdp_state_dict_type: FULL_STATE_DICT")
     elif kind == DistributedType.DEEPSPEED:
         stage = state.deepspeed_plugin.zero_stage
         if stage > 2:
@@ -50,12 +56,3 @@ def check_launch(args: TrainingArguments, gating: bool, warmup: float, low_memor
         return
     if gating:
         raise ValueError(f"gating does not work under {kind.value}, which shards what it needs whole; {REMEDY}")
-
-
-def _check_fsdp(plugin: Any) -> None:
-    if plugin.fsdp_version != 2:
-        raise ValueError(f"FSDP version {plugin.fsdp_version} flattens parameters; set fsdp_version: 2")
-    if plugin.cpu_ram_efficient_loading:
-        raise ValueError("positions are buffers, which are lost; set fsdp_cpu_ram_efficient_loading: false")
-    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise ValueError(f"{plugin.state_dict_type} splits adapters; set fsdp_state_dict_type: FULL_STATE_DICT")

@@ -114,9 +114,6 @@ def check(tuner: BaseTuner, adapter_name: str, saved: Mapping[str, Any]) -> None
     else:  # what was noted when the adapter was made, before the base was sharded
         other = [name for name, bits in base.items() if (now["base"] or {}).get(name) != bits]
     if other:
-        raise ValueError(
-            f"the checkpoint was made on another base model: {len(other)} parameters differ, {other[:3]}; resume on "
-            f"{tuner.peft_config[adapter_name].base_model_name_or_path!r} as it was, or begin a new run"
-        )
+        raise ValueError(f"the checkpoint was made on another base model: {other[:3]} differ; resume on its own")
     if whole and saved.get("adapter") != checksum(tuner, adapter_name):
         raise ValueError("the adapter is not that of the checkpoint, or damaged; resume from an earlier checkpoint")

@@ -161,8 +161,8 @@ def known_parameters(layers: Sequence[DiffPruningLayer]) -> dict[str, nn.Paramet
 def _with_rows_of_words(layers: Sequence[DiffPruningLayer]) -> list[str]:
     """Names of the parameters with a row for each word: embeddings, and output layers of as many rows."""
     embeddings = [layer for layer in layers if isinstance(layer.base_layer, nn.Embedding)]
-    sizes = {layer.shapes["weight"][0] for layer in embeddings if "weight" in layer.shapes}
-    return [layer.parameter_key(n) for layer in layers for n, shape in layer.shapes.items() if shape[0] in sizes]
+    sizes = {layer.shapes["weight"][:1] for layer in embeddings if "weight" in layer.shapes}
+    return [layer.parameter_key(n) for layer in layers for n, shape in layer.shapes.items() if shape[:1] in sizes]
 
 
 def check_base(layers: Sequence[DiffPruningLayer], adapter_name: str, config: DiffPruningConfig) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from gate_groups import sampled_parameter
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -64,7 +63,7 @@ def plain_parameter(base: Tensor, w: Tensor, log_alpha: Tensor, group: Tensor | 
     """The same with the noise written out."""
     positions = torch.arange(w.numel() + 1, dtype=torch.int32, device=w.device)
     noise = uniform(seed_words(how.seed, w.device), positions)
-    return sampled_parameter(base, w, log_alpha, group, STRETCH, (noise[:-1].view(w.shape), noise[-1:]))
+    return gates.gated_parameter(base, w, log_alpha, group, STRETCH, (noise[:-1].view(w.shape), noise[-1:]))
 
 
 def gradients(leaves: Leaves, function: Callable[..., Tensor], weight: Tensor) -> list[Tensor]:

@@ -4,22 +4,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from diffpeft.gates.hard_concrete import Stretch, gate, open_probability
+from diffpeft.gates.hard_concrete import Stretch, open_probability
 from diffpeft.gates.update import rules
 from diffpeft.gates.update.rules import StepSettings
 from diffpeft.gates.update.state import GateSet, Group
 
 STRETCH = (-1.5, 1.5)
-
-
-def sampled_parameter(
-    base: Tensor, w: Tensor, log_alpha: Tensor, group: Tensor | None, stretch: Stretch, noise: tuple[Tensor, Tensor]
-) -> Tensor:
-    """The effective parameter with the noise of its elements and of its group written out."""
-    change = gate(log_alpha, noise[0], stretch) * w
-    if group is not None:
-        change = change * gate(group, noise[1], stretch).reshape(())
-    return (change + base.detach()).to(base.dtype)
 
 
 def penalty_gradient(group: Group, stretch: Stretch, form: str) -> tuple[Tensor, Tensor | None]:

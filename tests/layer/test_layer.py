@@ -106,7 +106,7 @@ def test_safe_merge_refuses_what_is_not_finite_and_writes_nothing():
     random_diff(layer)
     layer.diffpruning_values["a"]["weight"].data[2] = float("nan")
     before = layer.base_layer.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"NaNs detected.*m\.weight NaN or infinite"):
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights. The adapter a"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, before)
     assert not layer.merged
@@ -130,7 +130,7 @@ def test_damaged_positions_name_parameter_and_adapter():
 
 
 def test_more_nonzeros_than_elements_is_refused():
-    with pytest.raises(ValueError, match=r"m\.weight 17 nonzeros, but it has 16 elements"):
+    with pytest.raises(ValueError, match=r"m\.weight has no 17 elements"):
         make_layer(nn.Linear(4, 4), nnz_pattern={"m.weight": 17})
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gate_groups import penalty_gradient, sampled_parameter
+from gate_groups import penalty_gradient
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -61,7 +61,7 @@ def task_loss(leaves: dict[str, dict[str, Tensor]], step: int) -> Tensor:
     for name in GATED:
         noise = recorded(step, "u", name), recorded(step, "group_u", name)
         leaf = (leaves[kind][name] for kind in KINDS)
-        effective[name] = sampled_parameter(TENSORS[f"pretrained/{name}"], *leaf, STRETCH, noise)
+        effective[name] = gates.gated_parameter(TENSORS[f"pretrained/{name}"], *leaf, STRETCH, noise)
     return F.cross_entropy(net(effective, TENSORS["x"]), TENSORS["y"])
 
 

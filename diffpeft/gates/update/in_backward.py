@@ -17,8 +17,6 @@ from diffpeft.gates.update.state import StoredGates
 
 StepFunction = Callable[[Tensor, float, float], bool]
 """Uses a gradient, given learning rate and weight decay; returns whether it was finite."""
-Status = Callable[[], UpdateStatus]
-"""The state of the next update."""
 
 
 class BackwardStep(NamedTuple):
@@ -30,7 +28,8 @@ class BackwardStep(NamedTuple):
     step: StepFunction
     in_optimizer: bool
     """Whether learning rate and weight decay matter, so that the optimizer must hold it."""
-    status: Status
+    status: Callable[[], UpdateStatus]
+    """Gives the state of the next update."""
 
 
 class InBackward:
@@ -50,8 +49,8 @@ class InBackward:
         foreign = [index for index, group in enumerate(groups) if "betas" not in group]
         if foreign:
             raise ValueError(
-                f"low_memory=True uses the optimizer's learning rates, not Adam's in {type(optimizer).__name__}; use "
-                " an optimizer with betas, e.g. optim='adamw_torch', or low_memory=False"
+                f"low_memory=True uses the optimizer's rates, not Adam's in {type(optimizer).__name__}; use an "
+                "optimizer with betas, e.g. optim='adamw_torch', or low_memory=False"
             )
         self.rate_factor = 1.0
         """Factor of the groups' learning rates."""
@@ -75,7 +74,7 @@ class InBackward:
             handle.remove()
         self._handles = []
 
-    def _step(self, label: str, step: StepFunction, status: Status, index: int | None, parameter: Tensor) -> None:
+    def _step(self, label: str, step: StepFunction, status: Any, index: int | None, parameter: Tensor) -> None:
         grad = parameter.grad
         if grad is None or not GradientState().sync_gradients:
             return
