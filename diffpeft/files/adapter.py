@@ -214,14 +214,6 @@ def verify_heads(tensors: Mapping[str, Tensor], checksum: int | None) -> dict[st
     return heads
 
 
-def check_written(tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for heads or checksums that a reader would refuse; shapes of the base model are not needed."""
-    verify_heads(tensors, None)
-    if any(f".{keys.VALUES}." in key for key in tensors):
-        for name, (stored, buffer) in _pairs(tensors).items():
-            check_checksum(buffer, stored, name)
-
-
 def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Stored values and buffer of positions by the parameter's name in the base model."""
     found: dict[str, dict[str, Tensor]] = {}

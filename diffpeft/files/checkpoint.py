@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -126,11 +126,6 @@ class Checkpoint:
         self.missing = [name for name in lost if not re.search(ignored, name)]
 
     @property
-    def heads(self) -> list[str]:
-        """The modules of a fresh task head."""
-        return [] if self.model is None else fresh_head(self.model)
-
-    @property
     def model_class(self) -> type[PreTrainedModel] | None:
         """The class of the model in transformers; None where it has none."""
         return type(self.model) if isinstance(self.model, PreTrainedModel) else None
@@ -159,22 +154,6 @@ class Checkpoint:
                 f"{self.label} lacks {len(lost)} parameters of {type(self.model).__name__}, {lost[:3]}, or has them in "
                 "another shape, and from_pretrained draws them at random; load it, save it and use what was saved"
             )
-
-
-class LazyTensors(Mapping[str, Tensor]):
-    """A checkpoint's tensors, each read when it is asked for; `names` has their names in it by those here."""
-
-    def __init__(self, checkpoint: Checkpoint, names: dict[str, str]) -> None:
-        self.checkpoint, self.names = checkpoint, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.checkpoint.load(self.names[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
 
 
 def open_checkpoint(source: Source, model: PreTrainedModel | None = None) -> Checkpoint:

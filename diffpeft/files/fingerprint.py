@@ -1,7 +1,7 @@
 """A few weights that identify a base model: a diff has a meaning only on the weights that it was made from."""
 
 import base64
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -13,27 +13,28 @@ Fingerprint = dict[str, str]
 """Parameter name -> some of its weights, fp32, little-endian, in base64."""
 
 
-def take(parameters: Mapping[str, Tensor]) -> Fingerprint:
-    """The fingerprint of a model's floating parameters, by their names in it; costs no pass over the weights."""
-    taken = {name: _sample(p, max(1, MAX_SAMPLES // len(parameters))) for name, p in parameters.items() if p.numel()}
-    return {name: base64.b64encode(sample.numpy().tobytes()).decode() for name, sample in taken.items()}
+def take(names: Collection[str], load: Callable[[str], Tensor]) -> Fingerprint:
+    """The fingerprint of a model's floating parameters, which `load` gives by their names; costs no pass over them."""
+    samples = {name: _sample(load(name), max(1, MAX_SAMPLES // len(names))) for name in names}
+    return {name: base64.b64encode(one.numpy().tobytes()).decode() for name, one in samples.items() if one.numel()}
 
 
 def differing(
-    fingerprint: Fingerprint, parameters: Mapping[str, Tensor], new_last_rows: Collection[str] = ()
+    fingerprint: Fingerprint, names: Collection[str], load: Callable[[str], Tensor], new_last_rows: Collection[str] = ()
 ) -> list[str]:
-    """Names of the parameters whose weights are not those of the fingerprint, among those that both have.
+    """Those of the parameters, as of [`take`], whose weights are not those of the fingerprint; others it does not tell.
 
     Weights that were only rounded to another dtype are the same. The last sample of parameters in `new_last_rows` is
     not compared: it may belong to a word that was added to the vocabulary, whose row was made at random.
     """
     found = []
-    for name in fingerprint.keys() & parameters.keys():
+    for name in fingerprint.keys() & set(names):
         told = torch.frombuffer(bytearray(base64.b64decode(fingerprint[name])), dtype=torch.float32)
-        sample = _sample(parameters[name], told.numel())
+        parameter = load(name)
+        sample = _sample(parameter, told.numel())
         if name in new_last_rows and len(sample) > 1:
             told, sample = told[:-1], sample[:-1]
-        dtypes = {parameters[name].dtype, torch.float32, torch.bfloat16, torch.float16}
+        dtypes = {parameter.dtype, torch.float32, torch.bfloat16, torch.float16}
         if not any(torch.equal(told.to(d).float(), sample) or torch.equal(told, sample.to(d).float()) for d in dtypes):
             found.append(name)
     return sorted(found)

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffpeft.files import encoding
 from diffpeft.files.encoding import CHECKSUM_BYTES, IN_MEMORY
+from diffpeft.files.keys import POSITIONS, VALUES
 from diffpeft.sparse.functions import RowPattern
 from diffpeft.sparse.sharded import check_whole, is_sharded
-
-
-class _Decoded(NamedTuple):
-    """Positions, and the packed tensor and its version that they were decoded from."""
-
-    packed: Tensor
-    version: int
-    positions: Tensor
 
 
 def _version(tensor: Tensor) -> int:
@@ -36,40 +28,28 @@ class StoredDiff:
     turns them into the values that are added, and strips the checksum. Nobody reads the parameter in another way.
 
     Args:
-        parameters: the adapter's values on the layer, by parameter name; `buffers` its packed positions.
-        name: the parameter's name in the layer; `key` the one in the base model, `shape` its shape.
-        adapter_name: the adapter, for messages.
-        dtype: gives the dtype of the values in the adapter's files.
-        others: gives the diffs of the same parameter by other adapters.
+        layer: the layer that holds the tensors, a `DiffPruningLayer`.
+        adapter_name: the adapter.
+        name: the parameter's name in the wrapped module.
     """
 
-    def __init__(
-        self,
-        parameters: nn.ParameterDict,
-        buffers: nn.Module,
-        name: str,
-        *,
-        key: str,
-        adapter_name: str,
-        shape: torch.Size,
-        dtype: Callable[[], str],
-        others: Callable[[], list[StoredDiff]] = list,
-    ) -> None:
-        self.key, self.shape, self._dtype, self._others = key, shape, dtype, others
-        self._parameters, self._buffers, self._name = parameters, buffers, name
-        self._label = f"{key}, adapter {adapter_name!r}"
-        self._decoded: _Decoded | None = None
+    def __init__(self, layer: Any, adapter_name: str, name: str) -> None:
+        self._layer, self._adapter_name, self._name = layer, adapter_name, name
+        self.key, self.shape = layer.parameter_key(name), layer.shapes[name]
+        self._parameters, self._buffers = (getattr(layer, kind)[adapter_name] for kind in (VALUES, POSITIONS))
+        self._label = f"{self.key}, adapter {adapter_name!r}"
+        self._decoded: tuple[Tensor, int, Tensor] | None = None  # packed positions, their version, and positions
         self._pattern: tuple[Tensor, RowPattern] | None = None  # and the positions that it was made from
 
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter that trains, as it is: its values may still be a file's."""
-        return self._parameters._parameters[self._name]  # type: ignore[return-value]
+        return self._parameters._parameters[self._name]  # type: ignore[no-any-return]
 
     @property
     def packed(self) -> Tensor:
         """The packed positions, uint8."""
-        return self._buffers._buffers[self._name]  # type: ignore[return-value]
+        return self._buffers._buffers[self._name]  # type: ignore[no-any-return]
 
     @property
     def count(self) -> int:
@@ -79,12 +59,12 @@ class StoredDiff:
     @property
     def positions(self) -> Tensor:
         """Sorted flat positions of the nonzeros, int64, shape (k,). ValueError if never loaded or damaged."""
-        packed, decoded = self.packed, self._decoded
-        # A compiler cannot trace versions; `forget` sees to it that a compiled step has nothing stale.
+        packed, version, positions = self._decoded or (None, 0, None)
+        # A compiler cannot trace versions; a layer forgets diffs whose tensors it replaces, so that none is stale.
         compiling = torch.compiler.is_compiling()
-        if decoded is None or decoded.packed is not packed or not (compiling or decoded.version == _version(packed)):
-            decoded = self._note_unpacked() if compiling else self._decode()
-        return decoded.positions
+        if positions is None or packed is not self.packed or not (compiling or version == _version(self.packed)):
+            return self._unpack() if compiling else self._decode()
+        return positions
 
     @property
     def values(self) -> Tensor:
@@ -109,27 +89,27 @@ class StoredDiff:
         return self._pattern[1]
 
     @property
+    def _dtype(self) -> str:
+        return self._layer.configs[self._adapter_name].value_dtype  # type: ignore[no-any-return]
+
+    @property
     def is_filled(self) -> bool:
         """Whether anything was ever loaded into the buffer or set there."""
         return not self.packed.is_meta and bool(self.packed.any())
 
     def encoded(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The given values, shape (k,), and the positions as they go into a file, with a checksum."""
-        return encoding.encode(self.positions, values, self.shape.numel(), self._dtype(), self.key)
+        return encoding.encode(self.positions, values, self.shape.numel(), self._dtype, self.key)
 
-    def note(self, packed: Tensor, positions: Tensor) -> _Decoded:
-        """Note that `packed` decodes to `positions`."""
-        self._decoded = _Decoded(packed, _version(packed), positions)
-        return self._decoded
+    def note(self, positions: Tensor) -> Tensor:
+        """Note, and return, the positions that `packed` decodes to."""
+        self._decoded = self.packed, _version(self.packed), positions
+        return positions
 
-    def _note_unpacked(self) -> _Decoded:
-        return self.note(self.packed, encoding.unpack(self.packed, self.count, self.shape.numel()))
+    def _unpack(self) -> Tensor:
+        return self.note(encoding.unpack(self.packed, self.count, self.shape.numel()))
 
-    def forget(self) -> None:
-        """Decode again when the diff is next used."""
-        self._decoded = self._pattern = None
-
-    def _decode(self) -> _Decoded:
+    def _decode(self) -> Tensor:
         self._find_original()
         packed, parameter = self.packed, self.parameter
         check_whole([parameter], f"{self._label}: the first use of a file's values")
@@ -146,7 +126,7 @@ class StoredDiff:
                 if encoding.has_checksum(packed):
                     self._decode_values(parameter, packed)
                     self._buffers._buffers[self._name] = encoding.strip_checksum(packed)
-                return self._note_unpacked()
+                return self._unpack()
         except ValueError as error:
             raise ValueError(f"{self._label}: {error}") from None
 
@@ -157,7 +137,9 @@ class StoredDiff:
         """
         if self.packed.is_meta or self.is_filled or is_sharded(self.parameter):
             return
-        for other in self._others():
+        held = self._layer.diffpruning_values.items()
+        others = [name for name, own in held if name != self._adapter_name and self._name in own]
+        for other in (self._layer.sparse(name, self._name) for name in others):
             same = other.count == self.count and other.is_filled and not is_sharded(other.parameter)
             if same and torch.equal(other.values, self.parameter):
                 self._buffers._buffers[self._name] = other.packed.clone()
@@ -165,7 +147,7 @@ class StoredDiff:
 
     def _decode_values(self, parameter: nn.Parameter, packed: Tensor) -> None:
         """Check the numbers of a file, and turn them into the values that they stand for."""
-        dtype = self._dtype()
+        dtype = self._dtype
         stored = parameter.detach().to(getattr(torch, dtype))
         if not torch.equal(stored.to(parameter.dtype), parameter):
             raise ValueError(f"its values are not those of a file in {dtype}: it is damaged, or they were changed")
@@ -173,8 +155,5 @@ class StoredDiff:
         if stored.dtype == torch.int8:
             hook: Any = getattr(self._parameters, "_hf_hook", None)
             if getattr(hook, "offload", False):  # the next forward would bring the file's numbers again
-                raise ValueError(
-                    "its values, which are int8 in the file, were offloaded before they were used; run the model once "
-                    "before it is offloaded, or load the adapter with PeftModel.from_pretrained"
-                )
+                raise ValueError("its int8 values were offloaded before their first use; run the model once before")
             parameter.data = decoded

@@ -26,14 +26,9 @@ MIN_PARALLEL_ELEMENTS = 1 << 15
 """Elements from which on several threads are faster than one."""
 MAX_CHAIN_OPERATIONS = 1000
 """More operations than any chain has. A compiler that splits one needs memory for what lies between the parts."""
-MAX_LAUNCHES = 1 << 12
-"""Launches kept of one chain: more than there are shapes in any model."""
 
 broken: list[BaseException] = []
 """Why nothing is compiled in this process any more."""
-
-_Seen = tuple[Callable[..., Any], Sequence[Any]]
-"""A compiled loop and its inputs; for a launch that is kept, (whether it is an argument, index or value) of each."""
 
 
 def split_flat(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -60,8 +55,8 @@ class CompiledChain:
         }
         self._checked = torch.compile(chain, backend=self._compile)
         self._marked = False
-        self._seen: _Seen | None = None
-        self._launches: dict[Any, _Seen] = {}
+        self._ran: tuple[Callable[..., Any], Sequence[Any]] | None = None  # a compiled loop, and its inputs
+        self._launches: dict[Any, tuple[Callable[..., Any], list[tuple[bool, Any]]]] = {}
 
     def _compile(self, graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         """Compile a graph (torch.compile's backend) into a function that notes what it ran with."""
@@ -69,7 +64,7 @@ class CompiledChain:
         run = inductor(graph, examples, config_patches=self._options)
 
         def noting(*inputs: Any) -> Any:
-            self._seen = run, inputs
+            self._ran = run, inputs
             return run(*inputs)
 
         return noting
@@ -77,33 +72,25 @@ class CompiledChain:
     def __call__(self, arguments: Sequence[Any], keep: bool) -> Any:
         """The chain's result; `keep` what was compiled for when such shapes come again."""
         leaves = _leaves(arguments)
-        if not keep:
-            return self.check(arguments, leaves)[0]
-        key = tuple([(a.dtype, a.shape, a.device) if isinstance(a, Tensor) else a for a in leaves])
+        key = tuple([(a.dtype, a.shape, a.device) if isinstance(a, Tensor) else a for a in leaves]) if keep else None
         if key in self._launches:
             run, known = self._launches[key]
             results = run(*[leaves[value] if given else value for given, value in known])
             return results[0] if results else None
-        result, seen = self.check(arguments, leaves)
-        if seen is not None and len(self._launches) < MAX_LAUNCHES:
-            run, inputs = seen
-            index_of = {id(leaf): index for index, leaf in enumerate(leaves)}
-            known = [(True, index_of[id(x)]) if id(x) in index_of else (False, x) for x in inputs]
-            others = [x for given, x in known if not given]  # sizes and numbers of which torch.compile has seen several
-            if all(isinstance(x, int | float) or (isinstance(x, Tensor) and x.ndim == 0) for x in others):
-                self._launches[key] = run, known
-        return result
-
-    def check(self, arguments: Sequence[Any], leaves: Sequence[Any]) -> tuple[Any, _Seen | None]:
-        """The chain's result by torch.compile, and what ran with which inputs, if it was compiled."""
         if not self._marked:  # sizes vary; all else, like the stretch, goes into the code as constants
             for tensor in leaves:
                 if isinstance(tensor, Tensor):
                     torch._dynamo.mark_dynamic(tensor, [d for d, size in enumerate(tensor.shape) if size > 8])
             self._marked = True
         result = self._checked(*arguments)
-        seen, self._seen = self._seen, None
-        return result, seen
+        ran, self._ran = self._ran, None
+        if keep and ran is not None:
+            index_of = {id(leaf): index for index, leaf in enumerate(leaves)}
+            known = [(True, index_of[id(x)]) if id(x) in index_of else (False, x) for x in ran[1]]
+            others = [x for given, x in known if not given]  # sizes and numbers of which torch.compile has seen several
+            if all(isinstance(x, int | float) or (isinstance(x, Tensor) and x.ndim == 0) for x in others):
+                self._launches[key] = ran[0], known
+        return result
 
 
 compiled = functools.cache(CompiledChain)
@@ -127,9 +114,7 @@ def compile_and_run(chain: Callable[..., Any], *arguments: Any, keep: bool = Tru
         # A chain fails when compiled, before it has written anything. Wrong arguments show in eager mode.
         broken.append(error)
         logger.warning(
-            "gates and diffs run eagerly, which is slower: torch.compile fails with %s: %s. It takes a C++ compiler "
-            "and Python's headers on a CPU, Triton on a GPU",
-            type(error).__name__,
+            "gates run eagerly, which is slower: torch.compile, which takes a C++ compiler or Triton, fails: %s",
             str(error).strip().partition("\n")[0],
         )
         return False, None

@@ -72,10 +72,6 @@ class Workspace:
             return None
         return buffer[: shape.numel()].view(shape)
 
-    def uses(self) -> set[Hashable]:
-        """The uses that memory is reserved for now."""
-        return set(self._reservations)
-
     def clear(self) -> None:
         """Let go of the memory."""
         self._buffers, self._reservations = {}, {}
@@ -121,10 +117,7 @@ class ForwardPass:
             mine = threading.get_ident()
             if self._runs_in.setdefault("thread", mine) != mine:
                 # Modules hold effective parameters while they run: a second thread would take these for the base's.
-                raise RuntimeError(
-                    "two threads run this model at once, but a model with diffs runs in one at a time; hold a lock "
-                    "around the forward pass, or give each thread a model of its own"
-                )
+                raise RuntimeError("two threads run this model at once; use a lock, or a model for each thread")
         self.model, self.small_effective, self._first, self._pass = module, None, {}, None
 
     def _end(self, module: nn.Module, args: Sequence[Any], output: Any) -> None:
@@ -158,9 +151,8 @@ class ForwardPass:
             self.idle_passes += 1
             if self.idle_passes == MAX_IDLE_PASSES:
                 warnings.warn(
-                    f"{MAX_IDLE_PASSES} training passes have sampled gates, and none was followed by a gate_step, so "
-                    "gates stay as they are and nothing will be pruned; add DiffPruningCallback() to the Trainer's "
-                    "callbacks, or call gate_step and magnitude_prune in your own loop",
+                    f"{MAX_IDLE_PASSES} training passes have sampled gates without a gate_step: nothing will be "
+                    "pruned; add DiffPruningCallback() to the Trainer's callbacks, or call gate_step in your own loop",
                     stacklevel=2,
                 )
 

@@ -16,7 +16,7 @@ from diffpeft.gates import kernels
 from diffpeft.gates.forward_pass import Workspace
 from diffpeft.gates.hard_concrete import GatedTensors, Stretch, stretch_and_clamp
 from diffpeft.gates.kernels import Draw
-from diffpeft.gates.noise import seed_words, uniform, uniform_scalar
+from diffpeft.gates.noise import seed_words, uniform
 from diffpeft.sparse.functions import compute_dtype, embedding_gradient, no_view
 
 Accumulate = Callable[[Tensor, Tensor | None], None]
@@ -47,11 +47,8 @@ class _Gates:
         self.reservation: object | None = None
         group_gate = w.new_ones(())
         if group_log_alpha is not None:
-            position = w.numel()  # behind the elements'
-            if torch.compiler.is_compiling():
-                noise = uniform(seed, torch.full((), position, dtype=torch.int32, device=seed.device))
-            else:
-                noise = uniform_scalar(sample.seed, position)
+            behind = torch.full((), w.numel(), dtype=torch.int32, device="cpu")  # the position after the elements'
+            noise = uniform(sample.seed.view(torch.int32), behind)  # on the CPU: a GPU would launch each operation
             self.group_s = torch.sigmoid(group_log_alpha + noise.logit())
             group_gate = stretch_and_clamp(self.group_s, sample.stretch).reshape(())
         self.draw = Draw(seed, group_gate, sample.stretch)

@@ -35,12 +35,3 @@ def uniform(seed: Tensor, positions: Tensor) -> Tensor:
     """Uniform numbers in (NOISE_MARGIN, 1 - NOISE_MARGIN) from [`random_bits`]: fp32, shape of `positions`."""
     fraction = ((random_bits(seed, positions) >> 8) & 0xFFFFFF).to(torch.float32)
     return fraction * (2.0**-24 * (1 - 2 * NOISE_MARGIN)) + NOISE_MARGIN
-
-
-def uniform_scalar(seed: Tensor, position: int) -> Tensor:
-    """One of [`uniform`]'s numbers to the bit, for a seed of [`new_seed`]: fp32, shape (), made without launches."""
-    first, second = seed.tolist()
-    x = position * (first & 0xFFFFFFFF | 1) + (first >> 32) & 0xFFFFFFFF
-    x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF ^ (second & 0xFFFFFFFF)
-    x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
-    return torch.tensor((x ^ x >> 16) >> 8, dtype=torch.float32) * (2.0**-24 * (1 - 2 * NOISE_MARGIN)) + NOISE_MARGIN

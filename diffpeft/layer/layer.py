@@ -18,7 +18,7 @@ from diffpeft.layer import run
 from diffpeft.layer.find import layers_in
 from diffpeft.layer.merging import MergeStack, check_mergeable
 from diffpeft.layer.tensors import AdapterTensors
-from diffpeft.layer.wrapped import has_hook, is_offloaded, run_onloaded, take_hiding
+from diffpeft.layer.wrapped import is_offloaded, run_onloaded, take_hiding
 from diffpeft.sparse.functions import sparse_parameter
 from diffpeft.sparse.inplace import Entry
 from diffpeft.sparse.sharded import check_whole
@@ -49,8 +49,6 @@ class DiffPruningLayer(AdapterTensors):
         """Modules that have a parameter of this layer too and are not adapted, by the parameter's name."""
         self.tied_layers: dict[str, list[DiffPruningLayer]] = {}
         """Layers that have a parameter of this layer as a tie, by its name."""
-        self.overwritable = run.Overwritable()
-        """Whether a pass may overwrite entries of the module's parameters for as long as it runs."""
         self._merges = MergeStack()
         self._running: dict[str, tuple[Tensor, Tensor]] = {}  # while the module runs: effective and plain parameters
         self.train(base_layer.training)
@@ -72,12 +70,9 @@ class DiffPruningLayer(AdapterTensors):
         parameter: Tensor = getattr(self.base_layer, name) if plain is None else plain
         selected = self.selected(name, targeting)
         if selected and (not parameter.is_floating_point() or parameter.is_meta):
-            state, remedy = "offloaded", f"keep {self.key} on a device through device_map"
-            if not parameter.is_floating_point():
-                state, remedy = "quantised", "load the base model unquantised"
             raise ValueError(
-                f"{self.parameter_key(name)} is {state} and is read without running its module, so the diff of "
-                f"{selected} cannot be added; {remedy}"
+                f"{self.parameter_key(name)} is quantised or offloaded and is read without running its module, so the "
+                f"diff of {selected} cannot be added; load {self.key} unquantised, on a device"
             )
         for adapter_name in selected:
             parameter = self._with_adapter(parameter, adapter_name, name)
@@ -146,7 +141,7 @@ class DiffPruningLayer(AdapterTensors):
         if self._merges:
             if self._disable_adapters:
                 self.unmerge()
-            elif not has_hook(self.base_layer):
+            elif "_hf_hook" not in self.base_layer.__dict__:  # Accelerate's, around the module's forward
                 return self.base_layer(*args, **kwargs)
         if is_offloaded(self.base_layer):
             containers = [tensors for name in self.all_names for tensors in getattr(self, name).values()]
@@ -167,7 +162,8 @@ class DiffPruningLayer(AdapterTensors):
         if not changed:
             output = self.base_layer(*args, **kwargs)
         else:
-            run.check_not_traced(self.key)
+            if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+                raise NotImplementedError(f"torch.jit.trace cannot follow the diff of {self.key}; merge first")
             self._running = {name: (tensor, own[name]) for name, tensor in changed.items()}
             hiding = take_hiding(self.base_layer, changed)
             try:

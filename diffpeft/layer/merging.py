@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from diffpeft.sparse.inplace import Entry, InplaceUpdate, is_finite
+from diffpeft.sparse.inplace import Entry, InplaceUpdate, read_at
 
 
 class _Merged(NamedTuple):
@@ -44,12 +44,9 @@ class MergeStack:
         self._merged.append(merged)  # first: an interrupt leaves something to revert
         try:
             merged.update.apply()
-            broken = [name for name, entry in entries.items() if check_finite and not is_finite(entry)]
-            if broken:
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: merging it "
-                    f"would make {', '.join(broken)} NaN or infinite"
-                )
+            finite = (read_at(entry.tensor.data, entry.positions).isfinite().all() for entry in entries.values())
+            if check_finite and not all(map(bool, finite)):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
         except BaseException:
             self.pop({name: entry.tensor for name, entry in entries.items()})
             raise
@@ -71,12 +68,6 @@ def check_mergeable(layer: Any, adapter_name: str) -> None:
         others = [*layer.shared_with.get(name, [])]
         others += [tied.key for tied in layer.tied_layers.get(name, []) if adapter_name not in tied.configs]
         if others and layer.changes(adapter_name, name):
-            raise ValueError(
-                f"{layer.parameter_key(name)} is also a parameter of {others}, which the adapter leaves alone: merging "
-                f"adapter {adapter_name!r} would change them too; adapt or exclude all of them, or untie them"
-            )
+            raise ValueError(f"{name} of {layer.key} is also in {others}, which the adapter leaves alone; adapt both")
     if layer.quantized and "weight" in (layer.nnz(adapter_name) or {}):
-        raise ValueError(
-            f"{layer.key} is quantised: merging adapter {adapter_name!r} would round its weight again and lose both; "
-            "use it unmerged, or merge into the model loaded unquantised"
-        )
+        raise ValueError(f"{layer.key} is quantised: merging rounds it again; use it unmerged, or load it unquantised")

@@ -25,31 +25,6 @@ MIN_ROWWISE_ELEMENTS = 1 << 20
 """Elements of an embedding from which on a pass without gradients makes the rows of the batch alone."""
 
 
-class Overwritable:
-    """Whether a pass may overwrite entries of some parameters for a while, looked at again when one has moved."""
-
-    def __init__(self) -> None:
-        self._addresses: list[int] = []  # of parameters that can be overwritten
-
-    def __call__(self, parameters: list[nn.Parameter]) -> bool:
-        """Whether all of the parameters can be overwritten."""
-        addresses = [parameter.data_ptr() for parameter in parameters]
-        if self._addresses != addresses:  # parameters that are shared or laid out in another way are elsewhere
-            if not all(can_be_overwritten(parameter) for parameter in parameters):
-                return False
-            self._addresses = addresses
-        return True
-
-
-def check_not_traced(key: str) -> None:
-    """Raise NotImplementedError while torch traces the model, which cannot follow the sum of parameters and a diff."""
-    if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
-        raise NotImplementedError(
-            f"torch.jit.trace cannot follow the diff that is added to {key}; merge first, with merge_adapter() or "
-            "merge_and_unload(), and trace the merged model"
-        )
-
-
 # Without a copy of the weight
 
 
@@ -80,7 +55,7 @@ def without_copy(layer: Layer, args: Any, kwargs: dict[str, Any]) -> tuple[bool,
 def _update_for_pass(layer: Layer) -> InplaceUpdate | None:
     """The diffs of a pass without gradients; None where entries of the parameters alone cannot hold them."""
     own: dict[str, nn.Parameter] = layer._modules["base_layer"]._parameters
-    if not layer.overwritable([parameter for parameter in own.values() if parameter is not None]):
+    if not all(parameter is None or can_be_overwritten(parameter) for parameter in own.values()):
         return None
     active = layer.active_adapters
     if len(active) == 1 and not layer.ties:

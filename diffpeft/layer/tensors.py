@@ -17,7 +17,7 @@ from diffpeft.files.stored_diff import StoredDiff
 from diffpeft.gates import hard_concrete as gates
 from diffpeft.gates.update.held import GATING_BUFFERS, UpdateStatus
 from diffpeft.layer.initial import GATING_PARAMETERS, check_phases, fixmask_tensors, gating_tensors
-from diffpeft.layer.wrapped import device_of, features, is_offloaded, keeping_dtype, own_shapes, quantization_backend
+from diffpeft.layer.wrapped import device_of, is_offloaded, keeping_dtype, own_shapes, quantization_backend
 
 _generations = itertools.count()
 
@@ -51,7 +51,6 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         self.shapes = {name: shape for name, shape in own_shapes(base_layer).items() if name not in ties}
         """Shapes of the parameters that this layer adapts, by their name in the module."""
         self.quantization_backend = quantization_backend(base_layer)  # PEFT reads it
-        self.__dict__.update(features(base_layer))
         self.quantized = self.quantization_backend is not None
         """Whether the wrapped module's weight is quantised, so that a diff cannot be added to it."""
         for name in self.all_names:
@@ -174,12 +173,8 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         Until a file or [`set_diff`] fills them they are NaN and their positions nowhere, so that what was never loaded
         is not taken for a diff of zeros. Parameters without nonzeros take no tensors at all.
         """
-        for name, count in nnz.items():
-            if count > self.shapes[name].numel():
-                raise ValueError(
-                    f"nnz_pattern gives {self.parameter_key(name)} {count} nonzeros, but it has "
-                    f"{self.shapes[name].numel()} elements; the adapter belongs to another model"
-                )
+        for name in (name for name, count in nnz.items() if count > self.shapes[name].numel()):
+            raise ValueError(f"{self.parameter_key(name)} has no {nnz[name]} elements; the adapter is of another model")
         device, config = device_of(self.base_layer), self.configs[adapter_name]
         self._set_tensors(adapter_name, fixmask_tensors(self.shapes, nnz, device, config))
 
@@ -202,13 +197,11 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         trainable = any(parameter.requires_grad for parameter in self.adapter_parameters(adapter_name))
         self.start_fixmask(adapter_name, {})
         for name, (positions, values) in diff.items():
-            if positions.shape != values.shape:
-                raise ValueError(f"{self.parameter_key(name)}: {len(positions)} positions, {len(values)} values")
             if len(positions):
                 packed = pack(positions, self.shapes[name].numel())
                 getattr(self, VALUES)[adapter_name][name] = nn.Parameter(values.clone(), requires_grad=trainable)
                 getattr(self, POSITIONS)[adapter_name][name] = packed
-                self.sparse(adapter_name, name).note(packed, positions.clone())
+                self.sparse(adapter_name, name).note(positions.clone())
 
     def _set_tensors(self, adapter_name: str, made: dict[str, nn.Module]) -> None:
         """Give the adapter these tensors, by attribute; they train if it is active and not loaded for inference."""
@@ -251,20 +244,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         """The adapter's sparse diff of parameter `name`; fixmask only."""
         found = self._sparse.get((adapter_name, name))
         if found is None:
-            found = self._sparse[adapter_name, name] = StoredDiff(
-                self.diffpruning_values[adapter_name],
-                self.diffpruning_positions[adapter_name],
-                name,
-                key=self.parameter_key(name),
-                adapter_name=adapter_name,
-                shape=self.shapes[name],
-                dtype=lambda: self.configs[adapter_name].value_dtype,
-                others=lambda: [
-                    self.sparse(o, name)
-                    for o, own in self.diffpruning_values.items()
-                    if o != adapter_name and name in own
-                ],
-            )
+            found = self._sparse[adapter_name, name] = StoredDiff(self, adapter_name, name)
         return found
 
     def sparse_diffs(self, adapter_name: str) -> dict[str, StoredDiff]:

@@ -10,15 +10,6 @@ from accelerate.hooks import AlignDevicesHook
 from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 
-FEATURE_NAMES = (("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"), ("nx", "nf"))
-"""Names that modules other than linear layers have for what PEFT calls `in_features` and `out_features`."""
-
-
-def features(module: nn.Module) -> dict[str, int]:
-    """`in_features` and `out_features` of a module that has them under other names; else nothing."""
-    names = next((names for names in FEATURE_NAMES if hasattr(module, names[0])), ())
-    return {key: getattr(module, name) for key, name in zip(("in_features", "out_features"), names, strict=False)}
-
 
 def own_shapes(module: nn.Module) -> dict[str, torch.Size]:
     """Shapes of the parameters that a diff can be added to, by their names in the module, without its children's.
@@ -48,11 +39,6 @@ def is_offloaded(module: nn.Module) -> bool:
     """Whether the module's parameters are brought to a device only while it runs."""
     hook = module.__dict__.get("_hf_hook")
     return isinstance(hook, AlignDevicesHook) and bool(hook.offload)
-
-
-def has_hook(module: nn.Module) -> bool:
-    """Whether Accelerate has put a hook around the module's forward."""
-    return "_hf_hook" in module.__dict__
 
 
 def device_of(module: nn.Module) -> torch.device:

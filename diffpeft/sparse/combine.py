@@ -109,10 +109,7 @@ def _nonzeros(diff: Diff, index: int, device: torch.device | None) -> Diff:
     for name, (_, values) in moved.items():
         infinite = values[~values.isfinite()]
         if len(infinite):
-            raise ValueError(
-                f"diff {index} holds {float(infinite[0])} in {name}, which is no finite fp32 number; "
-                "leave this diff out or train it again"
-            )
+            raise ValueError(f"diff {index} holds {float(infinite[0])} in {name}; leave it out or train it again")
     return _select(moved, [values != 0 for _, values in moved.values()])
 
 

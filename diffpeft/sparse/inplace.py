@@ -73,11 +73,6 @@ def can_be_overwritten(tensor: Tensor) -> bool:
     )
 
 
-def is_finite(entry: Entry) -> bool:
-    """Whether the tensor is finite, as it stands now, where the entry changes it."""
-    return bool(torch.isfinite(read_at(entry.tensor.data, entry.positions)).all())
-
-
 def read_at(tensor: Tensor, positions: Tensor | None) -> Tensor:
     """A copy of the entries at flat `positions`, shape (k,), or of the whole tensor."""
     if positions is None:

@@ -86,10 +86,7 @@ def _bit_patterns(scores: Sequence[Scores]) -> Iterator[Tensor]:
             if bits.numel():
                 lowest, highest = torch.aminmax(bits)
                 if int(lowest) < 0 or int(highest) >= INFINITY_BITS:
-                    raise ValueError(
-                        "scores are NaN, infinite or negative, so their order means nothing; check the loss and lower "
-                        "the learning rate before pruning"
-                    )
+                    raise ValueError("scores are NaN, infinite or negative; check the loss, lower the learning rate")
             yield bits
 
 

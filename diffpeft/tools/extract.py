@@ -1,7 +1,7 @@
 """Extract a pruned adapter from a fully fine-tuned model: its largest differences from the base, without training."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from diffpeft.config import DiffPruningConfig, check_density
 from diffpeft.files import fingerprint
 from diffpeft.files.adapter import write_adapter
-from diffpeft.files.checkpoint import Checkpoint, LazyTensors, Source, open_as, open_checkpoint
+from diffpeft.files.checkpoint import Source, open_as, open_checkpoint
 from diffpeft.files.encoding import check_dtype, rounded
 from diffpeft.sparse.diff import Diff, count_nonzeros
 from diffpeft.sparse.top_k import Scores, global_threshold, select
@@ -48,7 +48,6 @@ def extract_diff(
     density: float = 0.005,
     output: str | os.PathLike[str] | None = None,
     *,
-    exclude: Sequence[str] | str = (),
     value_dtype: str = "float32",
     task_type: str | None = None,
     base_name: str | None = None,
@@ -69,7 +68,6 @@ def extract_diff(
         finetuned: as `base`.
         density: nonzeros as a share of the fine-tuned model's parameters, heads not counted.
         output: a directory to write the adapter into; None writes nothing.
-        exclude: modules to leave as in the base, as `exclude_modules` of the config: names or suffixes, or a regex.
         value_dtype: of the values; "bfloat16", "float16" and "int8" make smaller files and less exact models.
         task_type: for the adapter's config, e.g. "SEQ_CLS".
         base_name: the base model's name in the adapter's config, by default that of `base`.
@@ -77,13 +75,13 @@ def extract_diff(
 
     Raises:
         ValueError: a directory that cannot be read; another architecture, or another shape in the backbone; differences
-            that are NaN, infinite, or zero throughout; a density or an `exclude` that leaves nothing.
+            that are NaN, infinite, or zero throughout; a density that leaves nothing.
     """
     check_density(density)
     check_dtype(value_dtype)
     new = open_checkpoint(finetuned)
     new.check_whole()
-    found = align_models(open_as(base, new.model_class), new, exclude)
+    found = align_models(open_as(base, new.model_class), new)
     extraction = _extract(found, density, value_dtype, progress)
     if output is not None:
         source = os.fspath(base) if isinstance(base, (str, os.PathLike)) else getattr(base, "name_or_path", None)
@@ -95,9 +93,8 @@ def extract_diff(
             base_model_name_or_path=base_name or source or None,
             target_density=density,
             modules_to_save=found.modules or None,
-            exclude_modules=(exclude if isinstance(exclude, str) else list(exclude)) or None,
             value_dtype=value_dtype,
-            base_fingerprint=fingerprint.take(LazyTensors(found.old, found.compared)),
+            base_fingerprint=fingerprint.take(found.compared, found.old.load),
         )
         shapes = {name: found.new.parameters[name] for name in found.compared}
         write_adapter(output, config, extraction.diff, shapes, extraction.heads)
@@ -106,10 +103,11 @@ def extract_diff(
 
 def _extract(found: Alignment, density: float, value_dtype: str, progress: Progress | None) -> Extraction:
     old, new, compared = found.old, found.new, found.compared
-    k = round(density * found.total)
+    total = sum(new.parameters[name].numel() for name in compared)
+    k = round(density * total)
     if k < 1 or not compared:
         raise ValueError(
-            f"density={density} of {found.total} parameters, {len(compared)} tensors, is {k} nonzeros; use a higher one"
+            f"density={density} of {total} parameters, {len(compared)} tensors, is {k} nonzeros; use a higher one"
         )
     differences = _Differences(found, progress)
     differing = sum(differences.count(name) for name in compared)
@@ -123,14 +121,15 @@ def _extract(found: Alignment, density: float, value_dtype: str, progress: Progr
             raise ValueError(f"{name}: differences are beyond {value_dtype}; use value_dtype='float32'")
     kept = count_nonzeros(diff)
     every = (*new.parameters, *new.tied, *new.others)
+    buffers = [name for name in new.others if name in old.others and not inside(name, found.modules)]
     return Extraction(
         diff=diff,
         kept=count,
-        total=found.total,
-        density=count / found.total,
+        total=total,
+        density=count / total,
         heads={name: new.load(name).clone() for name in every if inside(name, found.modules)},
         only_in_base=found.only_in_old,
-        differing_buffers=list(_differing_buffers(old, new, found.modules)),
+        differing_buffers=[name for name in buffers if not torch.equal(old.load(name), new.load(name))],
         per_parameter={name: (kept.get(name, 0), new.parameters[name].numel()) for name in compared},
     )
 
@@ -151,13 +150,12 @@ class _Differences:
         if self._progress is not None:
             self._progress(self._read / (self.READINGS * len(self.names)))
         self._read += 1
-        delta = self._buffer[: self.new.parameters[name].numel()]
-        changed = self.new.load(name)
+        delta, changed = self._buffer[: self.new.parameters[name].numel()], self.new.load(name)
         if changed.dtype == torch.float64:
-            return delta.copy_((changed - self.old.load(self.names[name]).to(changed.device)).reshape(-1))
+            return delta.copy_((changed - self.old.load(name).to(changed.device)).reshape(-1))
         delta.copy_(changed.reshape(-1))
         del changed
-        return delta.sub_(self.old.load(self.names[name]).reshape(-1).to("cpu"))
+        return delta.sub_(self.old.load(name).reshape(-1).to("cpu"))
 
     def scores(self, name: str) -> Scores:
         """A function that gives the magnitudes of [`of`]."""
@@ -174,27 +172,15 @@ class _Differences:
 
 
 def _largest(differences: _Differences, k: int) -> Diff:
-    """The k largest differences of all tensors together, ties going to the first tensors and positions.
-
-    Like `global_top_k`, but nothing that stays is allocated between tensors that go: the holes that these leave would
-    be too small for the next, and memory would grow by a tensor for each.
-    """
+    """The k largest differences of all tensors together, ties going to the first tensors and positions."""
     threshold = global_threshold([differences.scores(name) for name in differences.names], k)
-    positions, values = torch.empty(k, dtype=torch.int64), torch.empty(k)
-    spans, filled, ties = {}, 0, threshold.ties
+    diff, ties = {}, threshold.ties
     for name in differences.names:
-        delta, start = differences.of(name), filled
+        delta, parts = differences.of(name), []
         for offset in range(0, delta.numel(), CHUNK_ELEMENTS):
-            part = delta[offset : offset + CHUNK_ELEMENTS]
-            found, ties = select(part.abs(), threshold, ties)
-            span = slice(filled, filled + found.numel())
-            positions[span], values[span] = found + offset, part[found]
-            filled = span.stop
-        spans[name] = slice(start, filled)
-    return {n: (positions[span].clone(), values[span].clone()) for n, span in spans.items() if span.stop > span.start}
-
-
-def _differing_buffers(old: Checkpoint, new: Checkpoint, modules: list[str]) -> Iterator[str]:
-    for name in (name for name in new.others if name in old.others and not inside(name, modules)):
-        if not torch.equal(old.load(name), new.load(name)):
-            yield name
+            found, ties = select(delta[offset : offset + CHUNK_ELEMENTS].abs(), threshold, ties)
+            parts.append(found + offset)
+        positions = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+        if positions.numel():
+            diff[name] = positions, delta[positions]
+    return diff

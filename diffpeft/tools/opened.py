@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from huggingface_hub import snapshot_download
 from peft.tuners.tuners_utils import check_target_module_exists
 
 from diffpeft.files import fingerprint
 from diffpeft.files.adapter import read_adapter, read_config
-from diffpeft.files.checkpoint import Checkpoint, LazyTensors, open_checkpoint, stored_tensors
+from diffpeft.files.checkpoint import Checkpoint, open_checkpoint, stored_tensors
 from diffpeft.files.keys import heads_of
 from diffpeft.files.skeleton import adapted_model, floating_shapes, true_heads
 
@@ -72,7 +71,7 @@ class OpenedAdapter:
         whole = {name: like.shape for name, like in heads_of(stored).items()}
         self.model = adapted_model(directory, config, config.nnz_pattern or {}, whole)
         if self.model is None:
-            shapes = _match_names(self.checkpoint.parameters, config.nnz_pattern or {})
+            shapes = self.checkpoint.parameters
         else:
             if Path(self.base).is_dir():
                 self.checkpoint  # noqa: B018 - it unties the model where the files do
@@ -93,30 +92,18 @@ class OpenedAdapter:
                 config, module = copy.copy(self.config), twin.rpartition(".")[0]
                 config.target_modules = config.target_modules or [module.rpartition(".")[2]]
                 if twin != name and not check_target_module_exists(config, module):
-                    raise ValueError(
-                        f"{name} is also {twin}, which the adapter {self.name} leaves alone: merging changes both; "
-                        "use it unmerged, or on a base where they are two tensors"
-                    )
+                    raise ValueError(f"{name} is also {twin}, which {self.name} leaves alone; use it unmerged")
 
     def check_base(self) -> None:
         """Raise ValueError for a base model of other weights than the diff was made from; downloads none."""
         if "checkpoint" not in self.__dict__ and not Path(self.base).is_dir():
             return
         told = [name for name in self.config.base_fingerprint or {} if name not in self.whole]
-        here = {name: name for name in told if self.checkpoint.units_of(name)}
+        here = {name for name in told if self.checkpoint.units_of(name)}
         other = [] if self.model is None else [name for name in told if name not in here]
-        other += fingerprint.differing(self.config.base_fingerprint or {}, LazyTensors(self.checkpoint, here))
+        other += fingerprint.differing(self.config.base_fingerprint or {}, here, self.checkpoint.load)
         if other:
             raise ValueError(
                 f"{self.name} was made from other weights than {self.base}: {len(other)} parameters differ or "
                 f"are not there, {other[:3]}; give its own base with --base, or go on with --force"
             )
-
-
-def _match_names(shapes: dict[str, torch.Size], nnz: dict[str, int]) -> dict[str, torch.Size]:
-    """Shapes by the adapter's names, which begin with the backbone's name where the base is a bare backbone."""
-    for name in sorted(nnz.keys() - shapes.keys()):
-        prefix, _, rest = name.partition(".")
-        if rest in shapes:
-            return {f"{prefix}.{key}": shape for key, shape in shapes.items()}
-    return shapes

@@ -15,11 +15,6 @@ SELECTION_BATCHES = 8
 """Batches that `selection="gradient"` takes gradients of."""
 
 
-def is_chosen_before_training(tuner: BaseTuner) -> bool:
-    """Whether the adapter has no gating phase to choose its positions in."""
-    return not tuner.peft_config[tuner.resolve(None)].chosen_in_training
-
-
 def choose_positions(tuner: BaseTuner, model: nn.Module, args: TrainingArguments, batches: Any, optimizer: Any) -> str:
     """Choose the adapter's positions by the gradients of the first batches; the line that says so.
 
@@ -47,20 +42,14 @@ def check_gating(tuner: BaseTuner, steps: int, state: TrainerState) -> None:
     """Raise ValueError where gating of so many steps does not fit run and adapter; warn where it is too short."""
     gating = tuner.phase() == "gating"
     if steps > state.max_steps:
-        raise ValueError(
-            f"gating_steps={steps} is more than the {state.max_steps} steps of the run; lower it, or raise "
-            "num_train_epochs or max_steps"
-        )
+        raise ValueError(f"gating_steps={steps} is more than the {state.max_steps} steps of the run; lower it")
     if gating and state.global_step >= steps:
         raise ValueError(
             f"the adapter is in gating, but the run is at step {state.global_step} and gating ends after {steps}; "
             "use gating_steps > 0, and resume from a checkpoint that holds the adapter"
         )
     if not gating and state.global_step < steps:
-        raise ValueError(
-            f"the adapter is pruned already, but gating lasts until step {steps}; to go on in fixmask use "
-            "DiffPruningCallback(gating_steps=0)"
-        )
+        raise ValueError("the adapter is pruned already; to go on in fixmask use DiffPruningCallback(gating_steps=0)")
     automatic = tuner.is_gated() and tuner.peft_config[tuner.resolve(None)].l0_lambda == "auto"
     if automatic and steps < MIN_GATING_STEPS:
         warnings.warn(

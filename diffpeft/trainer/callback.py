@@ -19,7 +19,7 @@ from diffpeft.gates.forward_pass import ForwardPass
 from diffpeft.gates.update.in_backward import InBackward
 from diffpeft.model import DiffPruningModel
 from diffpeft.trainer import resume
-from diffpeft.trainer.begin import check_gating, choose_positions, is_chosen_before_training
+from diffpeft.trainer.begin import check_gating, choose_positions
 from diffpeft.trainer.ddp import DDPFinder, common_seed
 from diffpeft.trainer.launch import check_launch
 from diffpeft.trainer.learning_rate import USED_RATE_ATTRIBUTE, RateSchedule, rates_of_diff
@@ -109,7 +109,10 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         """Check that model, run and checkpoint fit together, before any work is done."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         tuner = _tuner_of(model, state, self)
-        low_memory, before_training = _is_low_memory(tuner), is_chosen_before_training(tuner)
+        low_memory, before_training = (
+            _is_low_memory(tuner),
+            not tuner.peft_config[tuner.resolve(None)].chosen_in_training,
+        )
         if before_training and tuner.phase() == "gating" and not state.global_step:
             self._show(args, state, choose_positions(tuner, model, args, kwargs["train_dataloader"], optimizer))
         check_launch(args, tuner.phase() == "gating", self.fixmask_warmup_steps, low_memory)

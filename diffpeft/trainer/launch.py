@@ -22,60 +22,37 @@ def check_launch(args: TrainingArguments, gating: bool, warmup: float, low_memor
 
     It matters whether gates are learned, perhaps in the low-memory mode, and whether fixmask has a warm-up of its own.
     """
-    _check_optimizer(args)
+    name = str(getattr(args.optim, "value", args.optim))
+    if name in STEP_IN_BACKWARD or name.endswith("_layerwise"):
+        raise ValueError(f"optim={name!r} steps before gates do; use adamw_torch or DiffPruningConfig(low_memory=True)")
     if low_memory:
         check_low_memory()
     if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process run nn.DataParallel, whose replicas have no ParameterDict; launch with "
-            f"torchrun --nproc_per_node {args.n_gpu}, or set CUDA_VISIBLE_DEVICES to one GPU"
-        )
+        raise ValueError(f"nn.DataParallel cannot run diffs; launch with torchrun --nproc_per_node {args.n_gpu}")
     if args.fp16 and not args.max_grad_norm:
-        raise ValueError(
-            f"fp16 with max_grad_norm={args.max_grad_norm} leaves gradients scaled when the gates move; clip with "
-            "max_grad_norm > 0, e.g. 1.0, or use bf16"
-        )
+        raise ValueError(f"fp16 with max_grad_norm={args.max_grad_norm} leaves gradients scaled; clip, or use bf16")
     # Accelerate alone knows what came of its config, the environment and the Trainer's arguments.
     if not AcceleratorState._shared_state:
         return
     state: Any = AcceleratorState()
     kind = state.distributed_type
     if kind == DistributedType.FSDP:
-        _check_fsdp(state.fsdp_plugin)
+        plugin = state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"FSDP version {plugin.fsdp_version} flattens parameters; set fsdp_version: 2")
+        if plugin.cpu_ram_efficient_loading:
+            raise ValueError("positions are buffers, which are lost; set fsdp_cpu_ram_efficient_loading: false")
+        if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            raise ValueError(f"{plugin.state_dict_type} splits adapters; set fsdp_state_dict_type: FULL_STATE_DICT")
     elif kind == DistributedType.DEEPSPEED:
         stage = state.deepspeed_plugin.zero_stage
         if stage > 2:
             raise ValueError(f"ZeRO stage {stage} takes base weights away between modules; use stage 1 or 2, or FSDP2")
         if warmup:
-            raise ValueError(
-                f"fixmask_warmup_steps={warmup} cannot be had: DeepSpeed updates the weights before the callback can "
-                "set a learning rate; use warmup_steps of the Trainer's arguments"
-            )
+            raise ValueError(f"DeepSpeed cannot do fixmask_warmup_steps={warmup}; use warmup_steps of the arguments")
     elif kind == DistributedType.MEGATRON_LM or (kind == DistributedType.XLA and args.fsdp):
         raise ValueError(f"{kind.value} splits the parameters that diffs change; use DistributedDataParallel or FSDP2")
     else:
         return
     if gating:
         raise ValueError(f"gating does not work under {kind.value}, which shards what it needs whole; {REMEDY}")
-
-
-def _check_fsdp(plugin: Any) -> None:
-    if plugin.fsdp_version != 2:
-        raise ValueError(f"FSDP version {plugin.fsdp_version} flattens parameters; set fsdp_version: 2")
-    if plugin.cpu_ram_efficient_loading:
-        raise ValueError(
-            "cpu_ram_efficient_loading=True hands out parameters alone, and an adapter's positions are buffers; set "
-            "fsdp_cpu_ram_efficient_loading: false"
-        )
-    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise ValueError(f"{plugin.state_dict_type} splits adapters; set fsdp_state_dict_type: FULL_STATE_DICT")
-
-
-def _check_optimizer(args: TrainingArguments) -> None:
-    """Raise ValueError for an optimizer that updates parameters within the backward pass."""
-    name = str(getattr(args.optim, "value", args.optim))
-    if name in STEP_IN_BACKWARD or name.endswith("_layerwise"):
-        raise ValueError(
-            f"optim={name!r} updates parameters within the backward pass, before gates and learning rates are set; use "
-            "one that steps after it, such as adamw_torch, or DiffPruningConfig(low_memory=True) to save memory"
-        )

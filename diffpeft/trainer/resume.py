@@ -82,10 +82,7 @@ def saved_state(state: TrainerState, callback: Any) -> Mapping[str, Any]:
     name = type(callback).__name__
     entry: Any = state.stateful_callbacks.get(name)
     if not isinstance(entry, dict) or "saved" not in entry:
-        raise ValueError(
-            f"the checkpoint of step {state.global_step} has no state of {name}: it was made without it, or with two "
-            "of them; resume from one that was made with one, or begin a new run"
-        )
+        raise ValueError(f"the checkpoint of step {state.global_step} has no state of one {name}; begin a new run")
     steps, now = entry["attributes"]["transition_step"], callback.transition_step
     if steps != now:
         raise ValueError(
@@ -98,10 +95,7 @@ def saved_state(state: TrainerState, callback: Any) -> Mapping[str, Any]:
 
 def _check_same(name: str, before: object, now: object) -> None:
     if before != now:
-        raise ValueError(
-            f"the checkpoint was made with {name}={before!r}, this run has {now!r}; resume with the checkpoint's, or "
-            "begin a new run"
-        )
+        raise ValueError(f"the checkpoint was made with {name}={before!r}, this run has {now!r}; resume with the same")
 
 
 def check(tuner: BaseTuner, adapter_name: str, saved: Mapping[str, Any]) -> None:
@@ -120,12 +114,6 @@ def check(tuner: BaseTuner, adapter_name: str, saved: Mapping[str, Any]) -> None
     else:  # what was noted when the adapter was made, before the base was sharded
         other = [name for name, bits in base.items() if (now["base"] or {}).get(name) != bits]
     if other:
-        raise ValueError(
-            f"the checkpoint was made on another base model: {len(other)} parameters differ, {other[:3]}; resume on "
-            f"{tuner.peft_config[adapter_name].base_model_name_or_path!r} as it was, or begin a new run"
-        )
+        raise ValueError(f"the checkpoint was made on another base model: {other[:3]} differ; resume on its own")
     if whole and saved.get("adapter") != checksum(tuner, adapter_name):
-        raise ValueError(
-            "the adapter that was loaded is not the one of the checkpoint: its file is damaged, or was not loaded; "
-            "resume from an earlier checkpoint"
-        )
+        raise ValueError("the adapter is not that of the checkpoint, or damaged; resume from an earlier checkpoint")

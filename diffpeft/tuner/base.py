@@ -6,7 +6,6 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
@@ -67,7 +66,8 @@ class DiffPruningTuner(BaseTuner):
 
     def differing_base(self, adapter_name: str, base_fingerprint: fingerprint.Fingerprint) -> list[str]:
         """Names of the base parameters under an adapter that are not those of the fingerprint."""
-        return fingerprint.differing(base_fingerprint, injection.known_parameters(self.layers_of(adapter_name)))
+        parameters = injection.known_parameters(self.layers_of(adapter_name))
+        return fingerprint.differing(base_fingerprint, parameters, parameters.__getitem__)
 
     # Injection
 
@@ -128,7 +128,7 @@ class DiffPruningTuner(BaseTuner):
         before = self.all_layers()
         self._injection = injection.Injection(model, before)
         try:
-            with warnings.catch_warnings(), injection.no_garbage_collection():
+            with warnings.catch_warnings():
                 if isinstance(self._check_target_module_exists(config, RootParameters.NAME), _ExcludedModule):
                     # PEFT does not know of these parameters and takes the exclusion for a mistake.
                     warnings.filterwarnings("ignore", "You have passed exclude_modules")
@@ -145,13 +145,11 @@ class DiffPruningTuner(BaseTuner):
         finally:
             self._injection = None
         layers = self.layers_of(adapter_name)
-        injection.check_coverage(layers, adapter_name, config, self.base_parameters())
+        injection.check_coverage(layers, adapter_name, config)
         injection.check_base(layers, adapter_name, config)
         injection.note_sharing(model, self.all_layers())
         if config.heads_checksum is not None or config.diff_checksum is not None:
-            saving.FirstPassCheck(config, adapter_name).watch(model)
-        if state_dict is not None:
-            saving.check_modules(self.all_layers(), adapter_name, state_dict)
+            saving.FirstPassCheck(model, config, adapter_name)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """Freeze the base model (PEFT's hook); heads manage what trains themselves."""
@@ -256,8 +254,14 @@ class DiffPruningTuner(BaseTuner):
         cls, model: nn.Module, config: DiffPruningConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Bring the adapter into the file's phase and shapes (PEFT's hook), which the loading itself does not."""
-        remap = partial(super()._remap_adapter_state_dict_for_load, model, config, adapter_name)
-        return saving.fit_to_file(model, config, adapter_name, state_dict, cls._remove_adapter_name_from_key, remap)
+        layers = {name: layer for name, layer in outer_modules(model) if isinstance(layer, DiffPruningLayer)}
+        layers = {name: layer for name, layer in layers.items() if layer.has_adapter(adapter_name)}
+        tensors = saving.match_file(layers.values(), config, adapter_name, state_dict)
+        own = {f"{n}.{key}": t for n, layer in layers.items() for key, t in layer.tensors(adapter_name).items()}
+        tensors = saving.rename(tensors, {cls._remove_adapter_name_from_key(key, adapter_name) for key in own})
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
+        saving.check_complete(own, adapter_name, remapped)
+        return remapped
 
     # Running
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TaskType
@@ -78,18 +76,6 @@ class Injection:
         self._owners.update({id(parameter): (layer, name) for name, parameter in layer.own_parameters().items()})
 
 
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Switch Python's garbage collection off for a block that makes thousands of objects, all of which stay."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of the base model by name, each once, without heads that are trained whole."""
     modules = list(outer_modules(model))
@@ -140,29 +126,18 @@ def check_model(model: nn.Module) -> None:
     """Raise ValueError for a model that cannot be wrapped."""
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, DiffPruningLayer):
-            raise ValueError(
-                f"{name} already carries an adapter of another kind ({type(module).__name__}), under which the base "
-                "weights are not the model's own; unload it or merge it first"
-            )
+            raise ValueError(f"{name} carries an adapter of another kind ({type(module).__name__}); unload it first")
     check_whole(model.parameters(), "wrapping a model")
     if not any(p.is_floating_point() for p in model.parameters()):
         raise ValueError("the base model has no floating-point parameters, so there is nothing to adapt")
 
 
-def check_coverage(
-    layers: Sequence[DiffPruningLayer],
-    adapter_name: str,
-    config: DiffPruningConfig,
-    base_parameters: Iterator[tuple[str, nn.Parameter]],
-) -> None:
+def check_coverage(layers: Sequence[DiffPruningLayer], adapter_name: str, config: DiffPruningConfig) -> None:
     """Raise ValueError unless the layers that hold an adapter cover what its config promises."""
     found = {layer.parameter_key(name) for layer in layers for name in layer.shapes}
     lost = sorted((config.nnz_pattern or {}).keys() - found)
     if lost:
-        raise ValueError(
-            f"the adapter has nonzeros in {len(lost)} parameters that the model does not have or does not adapt: "
-            f"{lost[:5]}; it belongs to another model or config"
-        )
+        raise ValueError(f"the adapter has nonzeros in {lost[:5]}, which the model lacks or its config leaves alone")
     for layer in layers:
         for name, (owner, owner_name) in layer.ties.items():
             if not owner.has_adapter(adapter_name):
@@ -170,14 +145,6 @@ def check_coverage(
                     f"{layer.parameter_key(name)} is the same parameter as {owner.parameter_key(owner_name)}, which "
                     f"holds its diff and is not among the target_modules of adapter {adapter_name!r}; name both modules"
                 )
-    if config.target_modules is None and (config.layers_to_transform, config.exclude_modules) == (None, None):
-        adapted = {id(p) for layer in layers for p in layer.base_layer.parameters(recurse=False)}
-        left = [name for name, p in base_parameters if id(p) not in adapted and p.is_floating_point()]
-        if left:
-            raise ValueError(
-                f"{len(left)} parameters of the base model cannot be adapted by the default target_modules: "
-                f"{left[:5]}; name the modules to adapt in target_modules"
-            )
 
 
 def known_parameters(layers: Sequence[DiffPruningLayer]) -> dict[str, nn.Parameter]:
@@ -194,22 +161,22 @@ def known_parameters(layers: Sequence[DiffPruningLayer]) -> dict[str, nn.Paramet
 def _with_rows_of_words(layers: Sequence[DiffPruningLayer]) -> list[str]:
     """Names of the parameters with a row for each word: embeddings, and output layers of as many rows."""
     embeddings = [layer for layer in layers if isinstance(layer.base_layer, nn.Embedding)]
-    sizes = {layer.shapes["weight"][0] for layer in embeddings if "weight" in layer.shapes}
-    return [layer.parameter_key(n) for layer in layers for n, shape in layer.shapes.items() if shape[0] in sizes]
+    sizes = {layer.shapes["weight"][:1] for layer in embeddings if "weight" in layer.shapes}
+    return [layer.parameter_key(n) for layer in layers for n, shape in layer.shapes.items() if shape[:1] in sizes]
 
 
 def check_base(layers: Sequence[DiffPruningLayer], adapter_name: str, config: DiffPruningConfig) -> None:
     """Note the base model's fingerprint in the config, or warn if the diff was made from another base."""
     parameters = known_parameters(layers)
     if config.base_fingerprint is None:
-        config.base_fingerprint = fingerprint.take(parameters)
+        config.base_fingerprint = fingerprint.take(parameters, parameters.__getitem__)
         return
-    other = fingerprint.differing(config.base_fingerprint, parameters, _with_rows_of_words(layers))
+    rows = _with_rows_of_words(layers)
+    other = fingerprint.differing(config.base_fingerprint, parameters, parameters.__getitem__, rows)
     if other:
         warnings.warn(
             f"adapter {adapter_name!r} was made from other base weights: {len(other)} of {len(parameters)} parameters "
-            f"differ, {other[:3]}; its diff means little here. Load {config.base_model_name_or_path or 'its base'} as "
-            "it was",
+            f"differ, {other[:3]}; load {config.base_model_name_or_path or 'its base'} as it was",
             stacklevel=2,
         )
 

@@ -28,10 +28,7 @@ def find_tuner(cls: type[Tuner], model: nn.Module | None) -> Tuner | None:
         views = {name: _view(cls, module) for name, module in owners.items() if not isinstance(module, PeftModel)}
         found = {name: view for name, view in views.items() if view is not None}
     if len(found) > 1:
-        raise ValueError(
-            f"there are diff-pruning adapters in {sorted(found)}, and one of them can be trained at a time; train them "
-            "one after the other, or wrap their common parent"
-        )
+        raise ValueError(f"there are adapters in {sorted(found)}, and one of them can train; wrap their common parent")
     return next(iter(found.values()), None)
 
 
@@ -57,8 +54,7 @@ def resolve(tuner: Any, adapter_name: str | None) -> str:
         meant = active if len(active) == 1 else [name for name in active if _trains(tuner, name)]
         if len(meant) != 1:
             raise ValueError(
-                f"active adapters are {active}, and {len(meant)} of them train; say which one you mean by "
-                "adapter_name=, or freeze the others"
+                f"of {active} {len(meant)} train; say which one you mean by adapter_name=, or freeze others"
             )
         adapter_name = meant[0]
     check_names(tuner, [adapter_name])

@@ -199,10 +199,7 @@ class MixedBatch:
             larger = tree_flatten(self._within(own, *self._take((args, kwargs), [*rows, rows[0]])))[0]
         for output, other in zip(outputs, larger, strict=True):
             if isinstance(output, Tensor) and output.shape[1:] != other.shape[1:]:
-                raise NotImplementedError(
-                    f"an output of shape {tuple(output.shape)} compares rows with each other, which adapters cannot "
-                    f"share; {ONE_BATCH_EACH}"
-                )
+                raise NotImplementedError(f"an output compares rows, which adapters cannot share; {ONE_BATCH_EACH}")
 
 
 def _may_compare_rows(parts: Sequence[Any], counts: list[int]) -> bool:
@@ -218,8 +215,7 @@ def _check_no_cache(args: Any, kwargs: dict[str, Any]) -> None:
     for name, value in (*enumerate(args), *kwargs.items()):
         if isinstance(value, Cache) or (name in WHOLE_BATCH and value is not None):
             raise NotImplementedError(
-                f"{type(value).__name__} cannot be shared by rows of several adapters: leave it out, or "
-                f"{ONE_BATCH_EACH}"
+                f"{type(value).__name__} cannot be shared by adapters: leave it out, or {ONE_BATCH_EACH}"
             )
 
 
@@ -242,20 +238,12 @@ def check_names(names: Sequence[str], adapters: Collection[str], training: bool,
         raise ValueError(f"adapter_names={names!r} must be a list with an adapter's name for each row")
     unknown = sorted(set(names) - {*adapters, BASE})
     if unknown:
-        raise ValueError(
-            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there are {sorted(adapters)} and "
-            f"{BASE!r}"
-        )
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {unknown}; there are {sorted(adapters)}")
     if training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
+    if any(layer.merged for layer in layers):
         raise ValueError(
-            "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first; one adapter "
-            "trains at a time"
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
-    for layer in layers:
-        if layer.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first: "
-                f"{layer.merged_adapters} are in the base weights of all rows"
-            )
-        if layer.disable_adapters:
-            raise ValueError("adapter_names was given while adapters are disabled; enable them, or leave it out")
+    if any(layer.disable_adapters for layer in layers):
+        raise ValueError("adapter_names was given while adapters are disabled; enable them, or leave it out")

@@ -66,10 +66,7 @@ def magnitude_prune(
     """Keep the largest |delta| of an adapter over all tensors together; see `DiffPruningModel.magnitude_prune`."""
     config: DiffPruningConfig = tuner.peft_config[adapter_name]
     if not config.chosen_in_training:
-        raise ValueError(
-            f"adapter {adapter_name!r} has selection={config.selection!r}, which chooses positions before training; "
-            "call select_positions"
-        )
+        raise ValueError(f"selection={config.selection!r} chooses positions before training; call select_positions")
 
     def by_magnitude(layer: DiffPruningLayer, name: str) -> tuple[Scores, Values]:
         diff = GatedDiff(*layer.gates_of_parameter(adapter_name, name), config.stretch)
@@ -176,11 +173,7 @@ def check_replaceable(optimizer: torch.optim.Optimizer, old: set[nn.Parameter]) 
     """Raise ValueError unless the optimizer's groups hold every parameter in `old`, so that they can be replaced."""
     missing = len(old - {parameter for group in optimizer.param_groups for parameter in group["params"]})
     if missing:
-        raise ValueError(
-            f"the optimizer ({type(optimizer).__name__}) does not hold {missing} of the {len(old)} parameters that "
-            "pruning replaces, so it would go on without the kept values; build it from model.parameters(), and do not "
-            "let it flatten or shard them"
-        )
+        raise ValueError(f"the optimizer does not hold {missing} parameters; build it from model.parameters()")
 
 
 def replace_parameters(

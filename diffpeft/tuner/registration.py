@@ -11,7 +11,7 @@ from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffpeft.files.adapter import check_written
+from diffpeft.files.adapter import verify_heads
 from diffpeft.files.atomic import stage_weights
 from diffpeft.files.keys import KEY_MARKER, PEFT_TYPE
 
@@ -20,7 +20,7 @@ def _save_or_stage(tensors: dict[str, Tensor], filename: str, *args: Any, **kwar
     """Save an adapter's weights (in place of PEFT's function): ours are staged for their config."""
     path = Path(filename)
     if path.name == SAFETENSORS_WEIGHTS_NAME and any(KEY_MARKER in key for key in tensors):
-        check_written(tensors)
+        verify_heads(tensors, None)
         stage_weights(path.parent, tensors)
     else:
         save_file(tensors, filename, *args, **kwargs)

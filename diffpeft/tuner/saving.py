@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from diffpeft.config import DiffPruningConfig
 from diffpeft.files.adapter import verify, verify_heads
 from diffpeft.files.encoding import checksums_of, encode, fits, has_checksum, strip_checksum
-from diffpeft.files.keys import KEY_MARKER, POSITIONS, ROOT, VALUES, base_model_key, diff_keys, parameter_and_kind
-from diffpeft.layer.find import outer_modules
+from diffpeft.files.keys import KEY_MARKER, POSITIONS, VALUES, base_model_key, diff_keys, parameter_and_kind
 from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.sparse.sharded import is_sharded
 
@@ -38,11 +37,7 @@ class EncodedTensors(dict[str, Tensor]):
         others = {key: tensor for key, tensor in added.items() if KEY_MARKER not in key}
         held = [key for key in others if ".base_layer." in key]
         if held and self._merged:
-            raise ValueError(
-                f"PEFT saves {held[:2]} beside the diff, since embeddings were resized, are in target_modules, or "
-                "save_embedding_layers=True, and they hold the diff already while it is merged; call unmerge_adapter() "
-                "first"
-            )
+            raise ValueError(f"PEFT saves {held[:2]} too, which hold a merged diff; call unmerge_adapter() first")
         super().update(others)
 
 
@@ -163,32 +158,14 @@ def rename(tensors: Mapping[str, Tensor], keys: Iterable[str]) -> dict[str, Tens
     }
 
 
-def check_modules(layers: Iterable[DiffPruningLayer], adapter_name: str, keys: Iterable[str]) -> None:
-    """Raise ValueError unless all of a file's tensors belong to modules that the adapter covers."""
-    covered = {layer.key or ROOT for layer in layers if layer.has_adapter(adapter_name)}
-    unknown = sorted({base_model_key(key).split(KEY_MARKER)[0] for key in keys if KEY_MARKER in key} - covered)
-    if unknown:
-        raise ValueError(
-            f"the tensors belong to {len(unknown)} modules that adapter {adapter_name!r} does not cover, "
-            f"{unknown[:3]}; they are of another model or config"
-        )
-
-
 def check_complete(expected: Mapping[str, Tensor], adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless a file holds the adapter's `expected` tensors in their shapes, and no others of ours."""
-    given = {key: tensor for key, tensor in tensors.items() if KEY_MARKER in key}
-    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    """Raise ValueError unless a file holds the adapter's `expected` tensors, and no others of ours."""
+    given = {key for key in tensors if KEY_MARKER in key}
+    missing, unknown = sorted(expected.keys() - given), sorted(given - expected.keys())
     if missing or unknown:
         raise ValueError(
-            f"the file does not fit the adapter {adapter_name!r}: {len(missing)} tensors are missing {missing[:3]}, "
-            f"{len(unknown)} belong to no adapted parameter {unknown[:3]}; it is damaged or of another model or config"
+            f"the file does not fit the adapter {adapter_name!r}: it lacks {missing[:3]} and has {unknown[:3]}"
         )
-    for key, tensor in given.items():
-        if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{key} is {tuple(tensor.shape)} in the file and {tuple(expected[key].shape)} in the model; the file "
-                "is damaged or belongs to another model"
-            )
 
 
 class FirstPassCheck:
@@ -198,19 +175,13 @@ class FirstPassCheck:
     dtype of the model: of heads that it has rounded nothing can be said.
 
     Args:
+        model: holds the adapter.
         config: the adapter's. Its `heads_checksum` and `diff_checksum` are None once they were compared.
         adapter_name: the adapter.
     """
 
-    def __init__(self, config: DiffPruningConfig, adapter_name: str) -> None:
-        self.config = config
-        self.adapter_name = adapter_name
-
-    def watch(self, model: nn.Module) -> None:
-        """Compare when `model` runs, in place of what was to be compared of an earlier adapter of that name."""
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if isinstance(hook, FirstPassCheck) and hook.adapter_name == self.adapter_name:
-                model._forward_pre_hooks.pop(key)
+    def __init__(self, model: nn.Module, config: DiffPruningConfig, adapter_name: str) -> None:
+        self.config, self.adapter_name = config, adapter_name
         model.register_forward_pre_hook(self)
 
     def __call__(self, model: nn.Module, args: Any) -> None:
@@ -221,69 +192,35 @@ class FirstPassCheck:
             model._forward_pre_hooks.pop(key)
         heads_checksum, diff_checksum = self.config.heads_checksum, self.config.diff_checksum
         self.config.heads_checksum = self.config.diff_checksum = None
-        if not any(isinstance(m, DiffPruningLayer) and m.has_adapter(self.adapter_name) for m in model.modules()):
-            return  # it was deleted
-        if heads_checksum is not None:
-            self._check_heads(model, heads_checksum)
+        layers = [module for module in model.modules() if isinstance(module, DiffPruningLayer)]
+        if not any(layer.configs.get(self.adapter_name) is self.config for layer in layers):
+            return  # it was deleted, or pruned or loaded over since
         buffers = {n: b for n, b in model.named_buffers() if f".{POSITIONS}.{self.adapter_name}." in n}
         # Those that were used before, or that are on a device only while they run, are checked one by one.
         as_loaded = bool(buffers) and not any(buffer.is_meta or not has_checksum(buffer) for buffer in buffers.values())
         if diff_checksum is not None and as_loaded and checksums_of(buffers).diff != diff_checksum:
             raise ValueError(
-                f"the diff of adapter {self.adapter_name!r} is not that of its config: it is damaged, or the two are "
-                "of different adapters; load it with PeftModel.from_pretrained, which says where"
+                f"the diff of adapter {self.adapter_name!r} is damaged or of another one; load it with PEFT"
             )
-
-    def _check_heads(self, model: nn.Module, expected: int) -> None:
         heads = {
             f"{name}.{key}": tensor
             for name, wrapper in model.named_modules()
             if isinstance(wrapper, ModulesToSaveWrapper) and self.adapter_name in wrapper.modules_to_save
             for key, tensor in wrapper.modules_to_save[self.adapter_name].state_dict().items()
         }
-        if any(tensor.is_meta for tensor in heads.values()):  # offloaded since they were loaded
+        dtypes = {head.dtype for head in heads.values() if head.is_floating_point()}
+        if heads_checksum is None or any(head.is_meta for head in heads.values()):  # offloaded since they were loaded
             return
-        broken = sorted(name for name, head in heads.items() if not bool(head.isfinite().all()))
-        if broken:
-            raise ValueError(
-                f"{broken} of adapter {self.adapter_name!r} are NaN or infinite: its training has diverged"
-            )
-        if {t.dtype for t in heads.values() if t.is_floating_point()} != {torch.float32}:
+        if not all(bool(head.isfinite().all()) for head in heads.values()):
+            raise ValueError(f"{sorted(heads)[:3]} of adapter {self.adapter_name!r} are NaN or infinite")
+        if dtypes != {torch.float32}:  # rounded
             return
         as_stored = [
             {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in heads.items()}
             for dtype in (torch.float32, torch.bfloat16, torch.float16)
         ]
-        if expected not in (checksums_of(tensors).heads for tensors in as_stored):
+        if heads_checksum not in (checksums_of(tensors).heads for tensors in as_stored):
             raise ValueError(
-                f"the heads of adapter {self.adapter_name!r}, {sorted(heads)[:3]}, are not those of its file: the file "
-                "is damaged, or they were changed after loading; load it with PeftModel.from_pretrained, or before you "
-                f"change them set peft_config[{self.adapter_name!r}].heads_checksum = None"
+                f"the heads of adapter {self.adapter_name!r}, {sorted(heads)[:3]}, are damaged or were changed; load "
+                f"them with PeftModel.from_pretrained, or set peft_config[{self.adapter_name!r}].heads_checksum = None"
             )
-
-
-def fit_to_file(
-    model: nn.Module,
-    config: DiffPruningConfig,
-    adapter_name: str,
-    state_dict: dict[str, Tensor],
-    without_adapter: Callable[[str, str], str],
-    remap: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-) -> dict[str, Tensor]:
-    """A file's tensors under the model's names, after the adapter was brought into the file's phase and shapes.
-
-    `without_adapter` removes an adapter's name from a key, and `remap` puts it in, both as PEFT does.
-    """
-    layers = {
-        name: layer
-        for name, layer in outer_modules(model)
-        if isinstance(layer, DiffPruningLayer) and layer.has_adapter(adapter_name)
-    }
-    state_dict = match_file(layers.values(), config, adapter_name, state_dict)
-    own = {
-        f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.tensors(adapter_name).items()
-    }
-    state_dict = rename(state_dict, {without_adapter(key, adapter_name) for key in own})
-    remapped = remap(state_dict)
-    check_complete(own, adapter_name, remapped)
-    return remapped

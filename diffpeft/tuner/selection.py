@@ -21,9 +21,6 @@ from diffpeft.tuner import pruning
 Owner = tuple[DiffPruningLayer, str]
 """A layer, and the name that a parameter has there."""
 
-CHUNK = 1 << 20
-"""Random scores that are drawn at once."""
-
 
 def select_positions(
     tuner: BaseTuner,
@@ -35,10 +32,7 @@ def select_positions(
     """Choose an adapter's positions as its config says; see `DiffPruningModel.select_positions`."""
     config: DiffPruningConfig = tuner.peft_config[adapter_name]
     if config.chosen_in_training:
-        raise ValueError(
-            f"adapter {adapter_name!r} has selection={config.selection!r}, whose positions come from training; call "
-            "magnitude_prune at the end of gating"
-        )
+        raise ValueError(f"selection={config.selection!r} chooses positions in training; call magnitude_prune after it")
     pruning.check(tuner, adapter_name, config.target_density)
     owners = [(layer, name) for layer in tuner.layers_of(adapter_name) for name in layer.shapes]
     if config.selection == "random":
@@ -60,13 +54,7 @@ def _random_scores(layer: DiffPruningLayer, name: str) -> Scores:
     seeds, numel, device = [int(torch.randint(1 << 62, ()))], layer.shapes[name].numel(), device_of(layer.base_layer)
     if distributed.is_initialized():
         distributed.broadcast_object_list(seeds)
-
-    def compute() -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed(seeds[0])
-        for start in range(0, numel, CHUNK):
-            yield torch.rand(min(CHUNK, numel - start), generator=generator).to(device)
-
-    return compute
+    return lambda: [torch.rand(numel, generator=torch.Generator().manual_seed(seeds[0])).to(device)]
 
 
 def _squared_gradients(
@@ -77,7 +65,10 @@ def _squared_gradients(
     They estimate the diagonal of the Fisher information (Sung, Nair, Raffel 2021, arXiv 2111.09839, section 3). Beside
     them only one gradient is held at a time.
     """
-    found = {(layer, name): _zeros(layer, name) for layer, name in owners}
+    found = {
+        (layer, name): torch.zeros(layer.shapes[name].numel(), device=device_of(layer.base_layer))
+        for layer, name in owners
+    }
     before = {parameter: parameter.grad for parameter in tuner.parameters()}
     for parameter in before:
         parameter.grad = None  # backward would add to it in place
@@ -92,10 +83,6 @@ def _squared_gradients(
     for scores in found.values() if distributed.is_initialized() else ():
         distributed.all_reduce(scores)
     return found
-
-
-def _zeros(layer: DiffPruningLayer, name: str) -> Tensor:
-    return torch.zeros(layer.shapes[name].numel(), device=device_of(layer.base_layer))
 
 
 @contextmanager

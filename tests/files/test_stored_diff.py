@@ -310,7 +310,7 @@ def test_a_model_that_is_offloaded_before_its_first_use_is_right_or_says_what_to
             assert torch.equal(logits_of(one, batch), expected)
     one = native(tiny_bert, directory)
     accelerate.cpu_offload(one, execution_device="cpu")
-    with pytest.raises(ValueError, match="offloaded before they were used; run the model once"):
+    with pytest.raises(ValueError, match="offloaded before their first use; run the model once"):
         logits_of(one, batch)
 
 

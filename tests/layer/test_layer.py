@@ -4,7 +4,6 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from diffpeft import DiffPruningConfig
 from diffpeft.layer.layer import DiffPruningLayer
@@ -107,7 +106,7 @@ def test_safe_merge_refuses_what_is_not_finite_and_writes_nothing():
     random_diff(layer)
     layer.diffpruning_values["a"]["weight"].data[2] = float("nan")
     before = layer.base_layer.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"NaNs detected.*m\.weight NaN or infinite"):
+    with pytest.raises(ValueError, match=r"NaNs detected in the merged weights. The adapter a"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, before)
     assert not layer.merged
@@ -131,7 +130,7 @@ def test_damaged_positions_name_parameter_and_adapter():
 
 
 def test_more_nonzeros_than_elements_is_refused():
-    with pytest.raises(ValueError, match=r"m\.weight 17 nonzeros, but it has 16 elements"):
+    with pytest.raises(ValueError, match=r"m\.weight has no 17 elements"):
         make_layer(nn.Linear(4, 4), nnz_pattern={"m.weight": 17})
 
 
@@ -153,23 +152,6 @@ def test_casting_the_model_leaves_gates_and_values_in_fp32():
     assert {p.dtype for p in layer.adapter_parameters("a")} == {torch.float32}
     assert layer.diffpruning_exp_avg["a"]["weight"].dtype == torch.float32
     assert layer(torch.randn(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("module", "features"),
-    [
-        (nn.Linear(2, 3), (2, 3)),
-        (nn.Embedding(4, 3), (4, 3)),
-        (nn.Conv1d(2, 3, 1), (2, 3)),
-        (nn.Conv2d(2, 3, 1), (2, 3)),
-        (Conv1D(3, 2), (2, 3)),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_a_layer_has_the_features_that_pefts_helper_gives_it(module, features):
-    layer = DiffPruningLayer(module, "layer", {})
-    assert (layer.in_features, layer.out_features) == features
-    assert not hasattr(DiffPruningLayer(nn.LayerNorm(2), "layer", {}), "in_features")
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")

@@ -118,7 +118,7 @@ def adapted(step: int, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     monkeypatch.setattr(ForwardPass, "seed_of", seed_of)
     monkeypatch.setattr("diffpeft.gates.small_parameters._noise", small_noise)
     monkeypatch.setattr(kernels, "uniform", lambda seed, positions: noise[keys[seed[0]]][0].reshape(-1)[positions])
-    monkeypatch.setattr(functions, "uniform_scalar", lambda seed, position: noise[keys[seed[0]]][1].reshape(()))
+    monkeypatch.setattr(functions, "uniform", lambda seed, position: noise[keys[seed[0]]][1].reshape(()))
     return model.train()
 
 

@@ -301,7 +301,7 @@ def test_a_missing_density_is_refused(kind):
 def test_values_without_an_order_are_refused(device, kind, wrong):
     bad = drawn(1, device=device)
     bad["b"][1][0] = wrong
-    with pytest.raises(ValueError, match=f"diff 1 holds {wrong} in b, .*; leave this diff out or train it again"):
+    with pytest.raises(ValueError, match=f"diff 1 holds {wrong} in b; leave it out or train it again"):
         combine([drawn(0, device=device), bad], [1.0, 0.0], kind, **at_density_one(kind))
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from diffpeft import DiffPruningConfig
 from diffpeft.files.keys import base_model_key
+from diffpeft.tools import export
 from diffpeft.tools.export import (
     from_coo,
     from_shira,
@@ -161,7 +162,7 @@ def test_values_of_two_bytes_merge_to_the_same_bits_in_peft(tmp_path):
 def test_what_super_tuning_cannot_hold_is_refused_or_left_out(tmp_path):
     base = architecture("gpt2_classifier")
     diff = pruned(architecture("gpt2_classifier"), task_type="SEQ_CLS").base_model.get_diff()
-    with pytest.raises(ValueError, match=r"of \d+ nonzeros are in .* transformer.*leave_out=True.*all-linear"):
+    with pytest.raises(ValueError, match=r"of \d+ nonzeros are elsewhere .*transformer.*leave_out=True.*all-linear"):
         to_super_tuning(diff, base, tmp_path)
     # Its Conv1D is no nn.Linear.
     with pytest.raises(ValueError, match=r"0 nonzeros are in weights of nn.Linear"):
@@ -213,14 +214,15 @@ def test_adapters_of_peft_are_read_as_the_delta_that_peft_merges(tmp_path, metho
     merged = model.merge_and_unload().state_dict()
     assert read.heads.keys() == ({"classifier.weight", "classifier.bias"} if name == "bert" else set())
     assert len(read.diff) == {"llama": 4, "bert": 6}[name]
-    to_checkpoint(base, read.diff, tmp_path / "merged", read.heads)
+    base.save_pretrained(tmp_path / "base")
+    to_checkpoint(tmp_path / "base", read.diff, tmp_path / "merged", read.heads)
     saved = load_file(tmp_path / "merged" / "model.safetensors")
     assert all(torch.equal(saved[key], merged[key]) for key in saved)
 
 
 def test_a_lora_part_and_lost_indices_are_refused(tmp_path):
     trained(SupertuningConfig(target_modules=["q_proj"], sparsity=0.9, r=2)).save_pretrained(tmp_path / "supra")
-    with pytest.raises(ValueError, match="r=2: a LoRA changes every element"):
+    with pytest.raises(ValueError, match="r=2: LoRA's part is dense"):
         from_super_tuning(tmp_path / "supra")
     with pytest.warns(UserWarning, match="save_precomputed_indices=False"):
         model = trained(SupertuningConfig(target_modules=["q_proj"], sparsity=0.9, save_precomputed_indices=False))
@@ -291,7 +293,8 @@ def load_patches(tensors, patches):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama_tied", "bert", "bloom"])
-def test_a_merged_checkpoint_is_what_merging_saves_to_the_bit(tmp_path, name, dtype):
+def test_a_merged_checkpoint_is_what_merging_saves_to_the_bit(tmp_path, monkeypatch, name, dtype):
+    monkeypatch.setattr(export.checkpoint, "MAX_SHARD_BYTES", 9000)
     architecture(name, dtype).save_pretrained(tmp_path / "base", max_shard_size="9kB")
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
     (tmp_path / "base" / "pytorch_model.bin").write_text("old weights")
@@ -302,18 +305,16 @@ def test_a_merged_checkpoint_is_what_merging_saves_to_the_bit(tmp_path, name, dt
             parameter.data.mul_(3)
     diff, heads = model.base_model.get_diff(), heads_of(model, tmp_path / "own")
     patches = list(to_weight_patches(diff, tmp_path / "base"))
-    plain = architecture(name, dtype)
-    before = {key: tensor.clone() for key, tensor in plain.state_dict().items()}
-    to_checkpoint(plain, diff, tmp_path / "of_model", heads)
-    assert all(torch.equal(before[key], tensor) for key, tensor in plain.state_dict().items())
     to_checkpoint(str(tmp_path / "base"), diff, tmp_path / "of_directory", heads)
     model.merge_and_unload().save_pretrained(tmp_path / "merged", max_shard_size="9kB")
     expected = shards(tmp_path / "merged")
     assert equal_tensors(shards(tmp_path / "of_directory"), expected)
-    assert equal_tensors(shards(tmp_path / "of_model"), expected)
-    files = {file.name for file in (tmp_path / "of_directory").iterdir()}
-    assert files == {file.name for file in (tmp_path / "base").iterdir()} - {"pytorch_model.bin"}
-    assert len([file for file in files if file.endswith(".safetensors")]) > 1
+    files = {file.name for file in (tmp_path / "of_directory").iterdir() if file.suffix != ".safetensors"}
+    left = {"pytorch_model.bin"}
+    assert files == {file.name for file in (tmp_path / "base").iterdir() if file.suffix != ".safetensors"} - left
+    assert len([*(tmp_path / "of_directory").glob("*.safetensors")]) > 1
+    loaded = auto.from_pretrained(tmp_path / "of_directory").state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in expected.items())
     patched = shards(tmp_path / "base")
     load_patches(patched, patches)
     patched.update(heads)
@@ -360,10 +361,8 @@ def test_experts_that_loading_fuses_are_written_one_by_one(tmp_path):
     model = pruned(architecture("mixtral"))
     diff = model.base_model.get_diff()
     to_checkpoint(tmp_path / "base", diff, tmp_path / "out")
-    to_checkpoint(architecture("mixtral"), diff, tmp_path / "from_memory")
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     assert equal_tensors(shards(tmp_path / "out"), shards(tmp_path / "merged"))
-    assert equal_tensors(shards(tmp_path / "from_memory"), shards(tmp_path / "merged"))
     patched = shards(tmp_path / "base")
     for patch in to_weight_patches(diff, tmp_path / "base"):
         assert patched[patch.name].shape == patch.full_shape
@@ -372,17 +371,14 @@ def test_experts_that_loading_fuses_are_written_one_by_one(tmp_path):
 
 
 def test_a_checkpoint_is_refused_whole_or_written_whole(tmp_path):
-    base = architecture("bert", torch.float16)
-    base.save_pretrained(tmp_path / "base")
+    architecture("bert", torch.float16).save_pretrained(tmp_path / "base")
     huge = {"bert.pooler.dense.bias": (torch.tensor([1]), torch.tensor([1e6]))}
-    for source in (base, tmp_path / "base"):
-        with pytest.raises(ValueError, match=r"not finite in torch.float16"):
-            to_checkpoint(source, huge, tmp_path / "out")
-        with pytest.raises(ValueError, match=r"use its own base model|lacks 1 parameters .*classifier\.weight"):
-            to_checkpoint(source, {}, tmp_path / "out", {"classifier.bias": torch.zeros(7)})
-        with pytest.raises(ValueError, match="is there already"):
-            to_checkpoint(source, {}, tmp_path / "base")
+    with pytest.raises(ValueError, match=r"not finite in torch.float16"):
+        to_checkpoint(tmp_path / "base", huge, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"use its own base model|lacks 1 parameters .*classifier\.weight"):
+        to_checkpoint(tmp_path / "base", {}, tmp_path / "out", {"classifier.bias": torch.zeros(7)})
+    with pytest.raises(ValueError, match="is there already"):
+        to_checkpoint(tmp_path / "base", {}, tmp_path / "base")
     with pytest.raises(ValueError, match="not finite"):
         list(to_weight_patches(huge, tmp_path / "base"))
-    assert all(bool(p.isfinite().all()) for p in base.parameters())
     assert [file.name for file in tmp_path.iterdir()] == ["base"]

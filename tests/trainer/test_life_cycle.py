@@ -74,7 +74,7 @@ def test_a_second_adapter_needs_a_new_trainer_and_says_so_at_once(tiny_bert, tmp
     made.train()
     made.model.add_adapter("second", DiffPruningConfig(task_type="SEQ_CLS", target_density=0.02))
     made.model.set_adapter("second")
-    with pytest.raises(ValueError, match=r"of adapter 'second', .* make a new Trainer for this run"):
+    with pytest.raises(ValueError, match=r"of adapter 'second', .* make a new Trainer"):
         made.train()
     again = Trainer(made.model, arguments(tmp_path), train_dataset=Rows(), callbacks=[DiffPruningCallback()])
     again.train()
@@ -118,7 +118,7 @@ def test_a_given_rate_holds_for_a_run_of_fixmask_alone(tiny_bert, tmp_path):
 @pytest.mark.parametrize("name", ["lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"])
 def test_optimizers_that_step_within_backward_are_refused_at_once(tiny_bert, tmp_path, name):
     """Before, gates got no gradient of the task, and learning rates had no effect."""
-    with pytest.raises(ValueError, match=f"optim='{name}' updates parameters within the backward pass"):
+    with pytest.raises(ValueError, match=f"optim='{name}' steps before gates do"):
         trainer(tiny_bert, tmp_path, optim=name)
 
 
@@ -144,7 +144,7 @@ def test_a_loop_that_never_steps_the_gates_is_told_once(tiny_bert, batch, monkey
     model = peft_model(tiny_bert).train()
     for _ in range(2):
         model(**batch())
-    with pytest.warns(UserWarning, match="3 training passes have sampled gates, and none was followed by a gate_step"):
+    with pytest.warns(UserWarning, match="3 training passes have sampled gates without a gate_step"):
         model(**batch())
     model(**batch())
     model = peft_model(tiny_bert).train()

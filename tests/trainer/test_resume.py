@@ -132,7 +132,7 @@ def killed(tiny_bert, tmp_path):
         ({"config": {"l0_lambda": 1e-6}}, r"made with l0_lambda='auto', this run has 1e-06"),
         ({"config": {"low_memory": True}}, "made with low_memory=False, this run has True|does not fit the adapter"),
         ({"config": {"stretch": (-0.1, 1.1)}}, r"made with stretch=\[-1\.5, 1\.5\], this run has \[-0\.1, 1\.1\]"),
-        ({"seed": 5}, r"made on another base model: \d+ parameters differ, \["),
+        ({"seed": 5}, r"made on another base model: \["),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(killed, step, kwargs, message):
@@ -160,7 +160,7 @@ def test_a_checkpoint_without_our_state_is_refused(killed):
     state = json.loads((directory / "checkpoint-4" / STATE).read_text())
     del state["stateful_callbacks"]["DiffPruningCallback"]
     (directory / "checkpoint-4" / STATE).write_text(json.dumps(state))
-    with pytest.raises(ValueError, match="of step 4 has no state of DiffPruningCallback"):
+    with pytest.raises(ValueError, match="of step 4 has no state of one DiffPruningCallback"):
         again().train(resume_from_checkpoint=str(directory / "checkpoint-4"))
 
 

@@ -74,7 +74,7 @@ def test_state_fits_an_optimizer_made_anew_for_the_new_parameters(optimizer, par
 
 def test_parameters_that_the_optimizer_lacks_cannot_be_replaced(optimizer, parameters):
     strangers = {nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))}
-    message = r"\(AdamW\) does not hold 2 of the 4 parameters .*; build it from model.parameters\(\)"
+    message = r"does not hold 2 parameters; build it from model.parameters\(\)"
     with pytest.raises(ValueError, match=message):
         check_replaceable(optimizer, {*parameters[2:4], *strangers})
 

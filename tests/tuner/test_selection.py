@@ -140,9 +140,9 @@ def test_gradients_choose_on_a_quantised_base_about_as_on_the_plain_one(tmp_path
 
 def test_what_cannot_choose_says_what_to_do(tiny_bert, batch):
     gates, gradient = wrapped(tiny_bert(), "gates"), wrapped(tiny_bert(), "gradient")
-    with pytest.raises(ValueError, match=r"has selection='gates', .* call magnitude_prune"):
+    with pytest.raises(ValueError, match=r"selection='gates' .* call magnitude_prune"):
         gates.base_model.select_positions()
-    with pytest.raises(ValueError, match=r"has selection='gradient', .* call select_positions"):
+    with pytest.raises(ValueError, match=r"selection='gradient' .* call select_positions"):
         gradient.base_model.magnitude_prune()
     with pytest.raises(ValueError, match="pass batches and loss"):
         gradient.base_model.select_positions()

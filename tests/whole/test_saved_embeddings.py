@@ -83,7 +83,7 @@ def test_embeddings_among_the_target_modules_load_to_the_same_bits(resized, tmp_
 def test_embeddings_that_hold_a_merged_diff_are_not_saved_beside_it(resized, tmp_path):
     model = pruned(resized())
     model.merge_adapter()
-    with pytest.raises(ValueError, match="they hold the diff already while it is merged; call unmerge_adapter"):
+    with pytest.raises(ValueError, match="which hold a merged diff; call unmerge_adapter"):
         model.save_pretrained(tmp_path)
     model.unmerge_adapter()
     model.save_pretrained(tmp_path)

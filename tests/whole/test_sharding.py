@@ -128,7 +128,7 @@ def arguments(**changes):
         ({}, True, 0, "gating does not work under FSDP.*plain DistributedDataParallel, then train on here"),
         ({"zero_stage": 3}, False, 0, "ZeRO stage 3 takes base weights away"),
         ({"zero_stage": 2}, True, 0, "gating does not work under DEEPSPEED"),
-        ({"zero_stage": 2}, False, 0.1, "fixmask_warmup_steps=0.1 cannot be had"),
+        ({"zero_stage": 2}, False, 0.1, "cannot do fixmask_warmup_steps=0.1"),
         ({"megatron": True}, False, 0, "MEGATRON_LM splits the parameters"),
     ],
 )

@@ -69,7 +69,7 @@ def test_a_task_adapter_trains_over_a_frozen_one(tiny_bert, tmp_path):
     before = model.base_model.get_diff("language")
     model.add_adapter("task", DiffPruningConfig(task_type="SEQ_CLS", target_density=0.02))
     model.base_model.set_adapter(["language", "task"])
-    with pytest.raises(ValueError, match="2 of them train; say which one you mean by adapter_name=, or freeze the oth"):
+    with pytest.raises(ValueError, match="2 train; say which one you mean by adapter_name=, or freeze others"):
         train(model, tmp_path)
     for name, parameter in model.named_parameters():
         if ".language" in name:

@@ -17,8 +17,6 @@ from diffpeft.gates.update.state import StoredGates
 
 StepFunction = Callable[[Tensor, float, float], bool]
 """Uses a gradient, given learning rate and weight decay; returns whether it was finite."""
-Status = Callable[[], UpdateStatus]
-"""The state of the next update."""
 
 
 class BackwardStep(NamedTuple):
@@ -30,7 +28,8 @@ class BackwardStep(NamedTuple):
     step: StepFunction
     in_optimizer: bool
     """Whether learning rate and weight decay matter, so that the optimizer must hold it."""
-    status: Status
+    status: Callable[[], UpdateStatus]
+    """Gives the state of the next update."""
 
 
 class InBackward:
@@ -50,9 +49,8 @@ class InBackward:
         foreign = [index for index, group in enumerate(groups) if "betas" not in group]
         if foreign:
             raise ValueError(
-                f"low_memory=True updates large diffs as Adafactor does, at the learning rates of the optimizer, which "
-                f"are not Adam's in {type(optimizer).__name__}; use an optimizer with betas, e.g. optim='adamw_torch', "
-                "or low_memory=False"
+                f"low_memory=True uses the optimizer's rates, not Adam's in {type(optimizer).__name__}; use an "
+                "optimizer with betas, e.g. optim='adamw_torch', or low_memory=False"
             )
         self.rate_factor = 1.0
         """Factor of the groups' learning rates."""
@@ -62,10 +60,7 @@ class InBackward:
         steps = list(steps)
         lost = [one.label for one in steps if one.in_optimizer and one.parameter not in index_of]
         if lost:
-            raise ValueError(
-                f"the optimizer ({type(optimizer).__name__}) does not hold {len(lost)} diffs, {lost[:3]}, so they have "
-                "no learning rate; build it from model.parameters()"
-            )
+            raise ValueError(f"the optimizer lacks {len(lost)} diffs, {lost[:3]}; build it from model.parameters()")
         for one in steps:
             _release(one)
             # The parameter itself is no part of the hook: it would live as long as that.
@@ -79,7 +74,7 @@ class InBackward:
             handle.remove()
         self._handles = []
 
-    def _step(self, label: str, step: StepFunction, status: Status, index: int | None, parameter: Tensor) -> None:
+    def _step(self, label: str, step: StepFunction, status: Any, index: int | None, parameter: Tensor) -> None:
         grad = parameter.grad
         if grad is None or not GradientState().sync_gradients:
             return
@@ -87,9 +82,8 @@ class InBackward:
         update = status()
         if label in update.updated:
             raise RuntimeError(
-                f"{label} got a gradient twice for one update, and with low_memory=True the first is used up by "
-                "then: checkpoint gradients with use_reentrant=False, accumulate them within "
-                "accelerator.accumulate(model), and call gate_step after every update"
+                f"{label} got a gradient twice for one update; for low_memory=True use use_reentrant=False, "
+                "accumulate within accelerator.accumulate(model), and call gate_step after every update"
             )
         update.updated.add(label)
         group = {} if index is None else self._optimizer.param_groups[index]
@@ -153,18 +147,14 @@ def finish_update(layer: GatedLayer, adapter_name: str) -> bool:
     for one in backward_steps(layer, adapter_name):
         if one.parameter.grad is not None:
             if one.in_optimizer:
-                raise ValueError(
-                    f"{one.label} has a gradient, which low_memory=True uses up within the backward pass; call "
-                    "update_in_backward(optimizer) before training"
-                )
+                raise ValueError(f"{one.label} has a gradient; call update_in_backward(optimizer) before training")
             status.finite &= one.step(one.parameter.grad, 0.0, 0.0)
             one.parameter.grad = None
     for name, (elements, _) in groups_of(layer, adapter_name).items():
         if elements.log_alpha.grad is not None:
             raise ValueError(
                 f"the gates of {layer.parameter_key(name)} have a gradient that low_memory=True cannot use, of gates "
-                "that were not sampled or of a penalty of one's own; train in model.train(), and let l0_lambda='auto' "
-                "do the rest"
+                "that were not sampled or of your own penalty; train in model.train(), with l0_lambda='auto'"
             )
     del layer.update_status[adapter_name]
     return status.finite
@@ -178,10 +168,7 @@ def check_low_memory() -> None:
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if processes > 1:
-        raise ValueError(
-            f"low_memory=True uses gradients up before {processes} processes could average them; launch one process, "
-            "or use low_memory=False"
-        )
+        raise ValueError(f"low_memory=True uses gradients up in one process; launch one, not {processes}")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision == "fp16":
         raise ValueError(
             "low_memory=True uses gradients up before fp16's scaler could unscale them; use bf16, or low_memory=False"

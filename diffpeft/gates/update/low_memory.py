@@ -46,16 +46,12 @@ def round_to_codes(x: Tensor, random: Tensor) -> Tensor:
     return torch.floor(x + up).clamp(-MAX_CODE, MAX_CODE).to(torch.int8)
 
 
-def _random(like: Tensor, start: int, seed: Tensor) -> Tensor:
-    return random_bits(seed, element_positions(like, start))
-
-
 def _accumulate(matrices: Sequence[Tensor], start: int, vectors: Sequence[Tensor], seed: Tensor) -> None:
     (exp_avg, grad), (scale,) = matrices, vectors
     mean = exp_avg * scale.unsqueeze(1) + grad * (1 - BETAS[0])
     unit = mean.abs().amax(1) / MAX_CODE
     codes = mean / unit.clamp_min(MIN_DIVISOR).unsqueeze(1)
-    exp_avg.copy_(round_to_codes(codes, _random(codes, start, seed)))
+    exp_avg.copy_(round_to_codes(codes, random_bits(seed, element_positions(codes, start))))
     scale.copy_(unit)
 
 
@@ -66,7 +62,7 @@ def _step(
     mean, square = exp_avg * scale.unsqueeze(1), rows.unsqueeze(1) * columns
     move = kernels.direction(mean * rule[3], square * rule[4], rule[0])
     moved = log_alpha.float() - torch.where(move > 0, rule[2], rule[1]) * move
-    log_alpha.copy_(round_to_half(moved, _random(moved, start, seed)))
+    log_alpha.copy_(round_to_half(moved, random_bits(seed, element_positions(moved, start))))
 
 
 def _by_rows(
@@ -185,10 +181,7 @@ def accumulator(layer: GatedLayer, adapter_name: str, name: str) -> Accumulate |
     if gates is None or not gates.log_alpha.requires_grad:
         return None
     if torch.compiler.is_compiling():
-        raise RuntimeError(
-            "low_memory=True updates tensors within the backward pass, which torch.compile cannot follow; leave the "
-            "model uncompiled, or use low_memory=False"
-        )
+        raise RuntimeError("torch.compile cannot follow low_memory=True; leave the model uncompiled, or use False")
 
     def accumulate(grad: Tensor, rows: Tensor | None) -> None:
         if not gates.accumulate(grad, rows, layer.fused):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,18 +15,6 @@ from diffpeft.gates.update.held import GatedLayer
 from diffpeft.gates.update.in_backward import finish_update
 from diffpeft.gates.update.rules import StepSettings
 from diffpeft.gates.update.state import GateSet
-
-
-class GatingConfig(Protocol):
-    """The settings of `DiffPruningConfig` that decide how gates move."""
-
-    stretch: Stretch
-    init_log_alpha: float
-    l0_lambda: float | Literal["auto"]
-    target_density: float
-    gate_learning_rate: float | None
-    group_penalty: str
-    low_memory: bool
 
 
 class OpenCount(NamedTuple):
@@ -54,7 +42,7 @@ def gates_version(layers: Sequence[GatedLayer], adapter_name: str) -> Any:
     return adapter_name, generations, [(own._version, own.data_ptr()) for own in log_alphas(layers, adapter_name)]
 
 
-def expected_l0(layers: Sequence[GatedLayer], adapter_name: str, config: GatingConfig) -> Tensor | None:
+def expected_l0(layers: Sequence[GatedLayer], adapter_name: str, config: Any) -> Tensor | None:
     """The expected number of nonzeros of an adapter, a differentiable scalar; None where it has no gates."""
     terms, how = [], (config.stretch, config.group_penalty)
     for elements, gate in collect(layers, adapter_name):
@@ -79,7 +67,7 @@ def count_open(
 def gate_step(
     layers: Sequence[GatedLayer],
     adapter_name: str,
-    config: GatingConfig,
+    config: Any,
     progress: Progress,
     known: OpenCount | None = None,
 ) -> tuple[float, OpenCount | None]:

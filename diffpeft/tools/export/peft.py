@@ -102,8 +102,7 @@ def _held(diff: Diff, model: nn.Module, leave_out: bool) -> tuple[dict[str, int]
         examples = ", ".join(f"{count} in {name}" for name, count in list(left_out.items())[:3])
         raise ValueError(
             f"Super-Tuning holds weights of nn.Linear only, but {sum(left_out.values())} of {sum(counts.values())} "
-            f"nonzeros are in {len(left_out)} other parameters ({examples}); leave them out with leave_out=True, or "
-            'train with target_modules="all-linear", which still includes the biases of these modules'
+            f"nonzeros are elsewhere ({examples}); use leave_out=True, or train with target_modules='all-linear'"
         )
     sizes = {name: parameters[name].numel() for name in counts if name in linear}
     if not sizes:
@@ -188,10 +187,7 @@ def from_super_tuning(directory: str | os.PathLike[str]) -> Imported:
     directory = Path(directory)
     config, tensors = _read(directory, "SUPERTUNING")
     if config.get("r") is not None:
-        raise ValueError(
-            f"{directory} has r={config['r']}: a LoRA changes every element of its weights, and a diff is sparse; "
-            "merge the adapter with PEFT and compare the result with the base model"
-        )
+        raise ValueError(f"{directory} has r={config['r']}: LoRA's part is dense, no diff; merge it with PEFT")
     remedy = "load it with PEFT on its base model and save it with save_precomputed_indices=True"
     pairs = _imported(directory, tensors, "Super-Tuning", ("supertuning_indices", "supertuning_values"), remedy)
     return Imported({name: _summed(positions, values) for name, positions, values in pairs}, tensors)

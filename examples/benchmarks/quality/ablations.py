@@ -70,6 +70,12 @@ VARIANTS = {
     "prefilter": Variant("only the tenth that gradients point at is gated", {"prefilter": 0.1}),
     "positions": Variant("base, which keeps its positions for the next", {"positions": "keep"}),
     "from the start": Variant("base's positions, trained for the whole run", {"positions": "take"}, 2e-3),
+    "random, linear": Variant(
+        "random positions in linear layers alone", {"target_modules": "all-linear"}, 2e-3, "random"
+    ),
+    "gradient, linear": Variant(
+        "largest gradients in linear layers", {"target_modules": "all-linear"}, 2e-3, "gradient"
+    ),
     "from the start, fast": Variant("the same at 8e-3", {"positions": "take"}, 8e-3),
 }
 

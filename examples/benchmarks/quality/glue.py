@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -126,6 +127,16 @@ def make_model(setting: Setting, path: str, labels: int) -> Any:
     return get_peft_model(model, DiffPruningConfig(**{**common, **setting.of(DiffPruningConfig)}))
 
 
+def where(tuner: Any) -> dict[str, int]:
+    """Nonzeros of a diff by kind of parameter."""
+    counts: Counter[str] = Counter()
+    for name, (positions, _) in tuner.get_diff().items():
+        kind = "embeddings" if "embeddings" in name else "linear"
+        kind = "norms" if "Norm" in name else "biases" if name.endswith("bias") else kind
+        counts[f"pooler {kind}" if "pooler" in name else kind] += positions.numel()
+    return dict(counts)
+
+
 class Timed:
     """Seconds of a block."""
 
@@ -202,7 +213,7 @@ def run(setting: Setting, options: argparse.Namespace, extra: Sequence[TrainerCa
     found = {key.removeprefix("end_"): value for key, value in metrics.items() if "per_second" not in key}
     tuner = getattr(trainer.model, "base_model", None)
     if callbacks:
-        trained = tuner.num_nonzeros()
+        trained, found["where"] = tuner.num_nonzeros(), where(tuner)
     shutil.rmtree(output, ignore_errors=True)
     whole = checkpoint is None
     return {**asdict(setting), **found, "trained": trained, "seconds": round(clock.seconds, 1) if whole else None}
