@@ -34,11 +34,16 @@ def hub():
         yield hub
 
 
+@pytest.fixture(scope="session")
+def reader(hub, tmp_path_factory):
+    """A process that is connected to the hub; one for all pages, as imports take longest."""
+    with client(hub, tmp_path_factory.mktemp("home")) as process:
+        yield process
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=names)
-def test_the_python_of_a_page_runs(page, hub, tmp_path):
-    (tmp_path / "work").mkdir()
-    with client(hub, tmp_path / "home") as process:
-        process.submit(run, page, tmp_path / "work").result(timeout=600)
+def test_the_python_of_a_page_runs(page, reader, tmp_path):
+    reader.submit(run, page, tmp_path).result(timeout=600)
 
 
 def commands(page) -> list[list[str]]:
