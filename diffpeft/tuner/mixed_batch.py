@@ -238,7 +238,8 @@ def check_names(names: Sequence[str], adapters: Collection[str], training: bool,
         raise ValueError(f"adapter_names={names!r} must be a list with an adapter's name for each row")
     unknown = sorted(set(names) - {*adapters, BASE})
     if unknown:
-        raise ValueError(f"Trying to infer with non-existing adapter(s): {unknown}; there are {sorted(adapters)}")
+        listed = ", ".join(unknown)
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {listed}; there are {sorted(adapters)}")
     if training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first")
     if any(layer.merged for layer in layers):

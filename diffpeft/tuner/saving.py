@@ -202,6 +202,8 @@ class FirstPassCheck:
             raise ValueError(
                 f"the diff of adapter {self.adapter_name!r} is damaged or of another one; load it with PEFT"
             )
+        if heads_checksum is None:  # asking for states would shard them again, under FSDP
+            return
         heads = {
             f"{name}.{key}": tensor
             for name, wrapper in model.named_modules()
@@ -209,7 +211,7 @@ class FirstPassCheck:
             for key, tensor in wrapper.modules_to_save[self.adapter_name].state_dict().items()
         }
         dtypes = {head.dtype for head in heads.values() if head.is_floating_point()}
-        if heads_checksum is None or any(head.is_meta for head in heads.values()):  # offloaded since they were loaded
+        if any(head.is_meta for head in heads.values()):  # offloaded since they were loaded
             return
         if not all(bool(head.isfinite().all()) for head in heads.values()):
             raise ValueError(f"{sorted(heads)[:3]} of adapter {self.adapter_name!r} are NaN or infinite")

@@ -271,7 +271,7 @@ def test_what_would_train_wrongly_is_refused(low_memory_tiny_bert, batch, monkey
 def test_a_compiled_step_is_refused(low_memory_tiny_bert, batch):
     model = low_memory_model(low_memory_tiny_bert())
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match="low_memory=True updates tensors within the backward pass"):
+    with pytest.raises(Exception, match=r"torch.compile cannot follow low_memory=True"):
         compiled(**batch())
 
 
