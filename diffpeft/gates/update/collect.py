@@ -7,13 +7,17 @@ from torch import Tensor
 from diffpeft.gates.update.held import GROUP_MOMENTS, LOG_ALPHAS, MOMENTS, GatedLayer
 from diffpeft.gates.update.low_memory import low_memory_gates
 from diffpeft.gates.update.state import ElementGates, Group, StoredGates
+from diffpeft.sparse.sharded import is_sharded, local, offset
 
 
 def groups_of(layer: GatedLayer, adapter_name: str) -> dict[str, Group]:
     """The gates of each parameter that has any, by its name in the layer."""
 
     def stored(log_alpha: Tensor, moments: Iterable[str], name: str) -> StoredGates:
-        return StoredGates(log_alpha, log_alpha.grad, *(layer.held(kind, adapter_name)[name] for kind in moments))
+        grad = None if log_alpha.grad is None else local(log_alpha.grad)
+        exp_avg, exp_avg_sq = (local(layer.held(kind, adapter_name)[name]) for kind in moments)
+        whole = log_alpha.numel() if is_sharded(log_alpha) else None
+        return StoredGates(local(log_alpha), grad, exp_avg, exp_avg_sq, offset(log_alpha), whole)
 
     groups, group_log_alphas = {}, layer.held(LOG_ALPHAS[1], adapter_name)
     for name, log_alpha in layer.held(LOG_ALPHAS[0], adapter_name).items():
