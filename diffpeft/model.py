@@ -60,8 +60,7 @@ class DiffPruningModel(DiffPruningTuner):
             The lambda that was used: the config's, or the one that was solved for; NaN if the update was skipped.
 
         Raises:
-            ValueError: the adapter is pruned; parameters are sharded; with `low_memory=True` gradients that were to be
-                used in the backward pass.
+            ValueError: the adapter is pruned; with `low_memory=True` gradients that were to be used in backward.
         """
         name = self.resolve(adapter_name)
         if self.phase(name) != GATING:
@@ -77,17 +76,8 @@ class DiffPruningModel(DiffPruningTuner):
         l0_lambda, self.__dict__["_open_count"] = gate_update.gate_step(layers, name, config, progress, known)
         return l0_lambda
 
-    def before_sharding(self) -> None:
-        """Get ready for FSDP2 in the Trainer, before an optimizer is made; [`DiffPruningCallback`] calls it."""
-        name = self.resolve(None)
-        gate_update.check_rule(self.peft_config[name])
-        fsdp.before_sharding(self.layers_of(name), name)
-
     def after_sharding(self) -> None:
-        """Make gating tensors that `get_peft_model(..., low_cpu_mem_usage=True)` left out, and let gates train.
-
-        Call it after `fully_shard`, before the first step; [`DiffPruningCallback`] does.
-        """
+        """Make gating tensors that `low_cpu_mem_usage=True` left out; to be called after `fully_shard`."""
         fsdp.after_sharding(self.layers_of(self.resolve(None)), self.resolve(None))
 
     def update_in_backward(self, optimizer: torch.optim.Optimizer, adapter_name: str | None = None) -> InBackward:
@@ -192,9 +182,8 @@ class DiffPruningModel(DiffPruningTuner):
         name = self.resolve(adapter_name)
         if self.phase(name) == FIXMASK:
             return self._count(name)
-        layers = self.layers_of(name)
-        count = sum(layer.delta(name, p).count_nonzero().cpu() for layer in layers for p in layer.shapes)
-        return int(add_up(torch.as_tensor(count), processes_of(self.diff_parameters(name))))
+        pieces = [layer.delta(name, p).count_nonzero().cpu() for layer in self.layers_of(name) for p in layer.shapes]
+        return int(add_up(torch.stack(pieces).sum(), processes_of(self.diff_parameters(name))))
 
     def adapted_parameters(self, adapter_name: str | None = None) -> dict[str, int]:
         """Number of elements of every parameter that the adapter covers, by its name in the base model."""

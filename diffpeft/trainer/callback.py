@@ -25,6 +25,7 @@ from diffpeft.trainer.ddp import DDPFinder, common_seed
 from diffpeft.trainer.launch import check_launch, is_fsdp, saves_shards
 from diffpeft.trainer.learning_rate import USED_RATE_ATTRIBUTE, RateSchedule, rates_of_diff
 from diffpeft.trainer.optimizer import OptimizerCheck
+from diffpeft.tuner.fsdp import before_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             check_launch(args, tuner.phase() == "gating", self.fixmask_warmup_steps, _is_low_memory(tuner))
             tuner.open_values()
             if is_fsdp():  # its checkpoints need optimizer state of all that trains, and gates have none there
-                tuner.before_sharding()
+                before_sharding(tuner.layers_of(tuner.resolve(None)), tuner.resolve(None))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Check that model, run and checkpoint fit together, before any work is done."""

@@ -275,7 +275,7 @@ class DiffPruningTuner(BaseTuner):
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The model's output layer, as a plain module with the effective weight."""
-        output = self.model.get_output_embeddings()
+        output: nn.Module | None = self.model.get_output_embeddings()
         if self.all_layers()[0].noise.sharded:
             return output  # FSDP shards it
         return OutputLayer(output) if isinstance(output, DiffPruningLayer) else output

@@ -14,17 +14,18 @@ from torch.distributed import _composable_state
 from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 
-from diffpeft.gates.update.collect import log_alphas
+from diffpeft.gates.update.held import check_rule, log_alphas
 from diffpeft.layer import initial
-from diffpeft.layer.layer import DiffPruningLayer
 from diffpeft.sparse.sharded import processes_of
 
 TESTED_TORCH = "2.13"
 """The version of torch whose groups of sharded parameters this file knows."""
 
 
-def before_sharding(layers: Sequence[DiffPruningLayer], adapter_name: str) -> None:
+def before_sharding(layers: Sequence[Any], adapter_name: str) -> None:
     """Keep an adapter's gates out of the optimizer, which has no state for them, and give w an address for it."""
+    if log_alphas(layers, adapter_name):
+        check_rule(layers[0].configs[adapter_name])
     for layer in layers:
         layer.noise.sharded = True
         initial.give_addresses(layer, adapter_name)
@@ -32,7 +33,7 @@ def before_sharding(layers: Sequence[DiffPruningLayer], adapter_name: str) -> No
         log_alpha.requires_grad_(False)
 
 
-def after_sharding(layers: Sequence[DiffPruningLayer], adapter_name: str) -> None:
+def after_sharding(layers: Sequence[Any], adapter_name: str) -> None:
     """Make an adapter's gating tensors where there are none yet, and let gates train.
 
     Raises:
@@ -45,7 +46,7 @@ def after_sharding(layers: Sequence[DiffPruningLayer], adapter_name: str) -> Non
         log_alpha.requires_grad_(True)
 
 
-def shard_moments(layers: Iterable[DiffPruningLayer], adapter_name: str) -> None:
+def shard_moments(layers: Iterable[Any], adapter_name: str) -> None:
     """Shard the moments of an adapter's gates as the gates are."""
     for layer in layers:
         initial.shard_moments(layer, adapter_name)

@@ -30,8 +30,3 @@ def groups_of(layer: GatedLayer, adapter_name: str) -> dict[str, Group]:
 def collect(layers: Iterable[GatedLayer], adapter_name: str) -> list[Group]:
     """The gates of all parameters of an adapter."""
     return [group for layer in layers for group in groups_of(layer, adapter_name).values()]
-
-
-def log_alphas(layers: Iterable[GatedLayer], adapter_name: str) -> list[Tensor]:
-    """log_alpha of all gates of an adapter, the groups' included."""
-    return [own for layer in layers for kind in LOG_ALPHAS for own in layer.held(kind, adapter_name).values()]

@@ -10,8 +10,8 @@ from torch import Tensor
 from diffpeft.gates import hard_concrete
 from diffpeft.gates.hard_concrete import Stretch, open_logit
 from diffpeft.gates.update import rules
-from diffpeft.gates.update.collect import collect, log_alphas
-from diffpeft.gates.update.held import GatedLayer
+from diffpeft.gates.update.collect import collect
+from diffpeft.gates.update.held import GatedLayer, check_rule, log_alphas
 from diffpeft.gates.update.in_backward import finish_update
 from diffpeft.gates.update.rules import StepSettings
 from diffpeft.gates.update.state import GateSet
@@ -35,15 +35,6 @@ class Progress(NamedTuple):
     gating_steps: int
     total: int
     """Parameters of the base model, which the target density is a share of."""
-
-
-def check_rule(config: Any) -> None:
-    """Raise ValueError for gates that cannot be moved on shards."""
-    if config.l0_lambda != "auto" or config.low_memory:
-        raise ValueError(
-            f"gating on shards works with l0_lambda='auto' and low_memory=False, and these are {config.l0_lambda!r} "
-            f"and {config.low_memory}; change them, or gate in one process or under DistributedDataParallel"
-        )
 
 
 def gates_version(layers: Sequence[GatedLayer], adapter_name: str) -> Any:
