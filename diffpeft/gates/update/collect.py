@@ -16,8 +16,9 @@ def groups_of(layer: GatedLayer, adapter_name: str) -> dict[str, Group]:
     def stored(log_alpha: Tensor, moments: Iterable[str], name: str) -> StoredGates:
         grad = None if log_alpha.grad is None else local(log_alpha.grad)
         exp_avg, exp_avg_sq = (local(layer.held(kind, adapter_name)[name]) for kind in moments)
-        whole = log_alpha.numel() if is_sharded(log_alpha) else None
-        return StoredGates(local(log_alpha), grad, exp_avg, exp_avg_sq, offset(log_alpha), whole)
+        if not is_sharded(log_alpha):
+            return StoredGates(log_alpha, grad, exp_avg, exp_avg_sq)
+        return StoredGates(local(log_alpha), grad, exp_avg, exp_avg_sq, offset(log_alpha), log_alpha.numel())
 
     groups, group_log_alphas = {}, layer.held(LOG_ALPHAS[1], adapter_name)
     for name, log_alpha in layer.held(LOG_ALPHAS[0], adapter_name).items():
