@@ -13,11 +13,10 @@ from diffpeft.config import FIXMASK, GATING, DiffPruningConfig
 from diffpeft.files.encoding import stored_size
 from diffpeft.files.keys import VALUES
 from diffpeft.gates.update import step as gate_update
-from diffpeft.gates.update.collect import log_alphas
 from diffpeft.gates.update.in_backward import InBackward, backward_steps, check_low_memory
 from diffpeft.sparse.elias_fano import packed_size
-from diffpeft.sparse.sharded import check_whole
-from diffpeft.tuner import combining, lookup, pruning, selection
+from diffpeft.sparse.sharded import add_up, check_whole, processes_of, whole
+from diffpeft.tuner import combining, fsdp, lookup, pruning, selection
 from diffpeft.tuner.base import DiffPruningTuner
 
 
@@ -61,8 +60,7 @@ class DiffPruningModel(DiffPruningTuner):
             The lambda that was used: the config's, or the one that was solved for; NaN if the update was skipped.
 
         Raises:
-            ValueError: the adapter is pruned; parameters are sharded; with `low_memory=True` gradients that were to be
-                used in the backward pass.
+            ValueError: the adapter is pruned; with `low_memory=True` gradients that were to be used in backward.
         """
         name = self.resolve(adapter_name)
         if self.phase(name) != GATING:
@@ -71,12 +69,16 @@ class DiffPruningModel(DiffPruningTuner):
         if not config.gated:
             return 0.0
         layers = self.layers_of(name)
-        check_whole(log_alphas(layers, name), "gate_step")
+        fsdp.shard_moments(layers, name)
         layers[0].noise.idle_passes = None
         progress = gate_update.Progress(step, gating_steps, self.num_base_parameters())
         known = self.__dict__.get("_open_count")
         l0_lambda, self.__dict__["_open_count"] = gate_update.gate_step(layers, name, config, progress, known)
         return l0_lambda
+
+    def after_sharding(self) -> None:
+        """Make gating tensors that `low_cpu_mem_usage=True` left out; to be called after `fully_shard`."""
+        fsdp.after_sharding(self.layers_of(self.resolve(None)), self.resolve(None))
 
     def update_in_backward(self, optimizer: torch.optim.Optimizer, adapter_name: str | None = None) -> InBackward:
         """Have large diffs step within the backward pass, and gradients of gates used there, with `low_memory=True`.
@@ -180,8 +182,8 @@ class DiffPruningModel(DiffPruningTuner):
         name = self.resolve(adapter_name)
         if self.phase(name) == FIXMASK:
             return self._count(name)
-        layers = self.layers_of(name)
-        return sum(int(layer.delta(name, p).count_nonzero()) for layer in layers for p in layer.shapes)
+        pieces = [layer.delta(name, p).count_nonzero().cpu() for layer in self.layers_of(name) for p in layer.shapes]
+        return int(add_up(torch.stack(pieces).sum(), processes_of(self.diff_parameters(name))))
 
     def adapted_parameters(self, adapter_name: str | None = None) -> dict[str, int]:
         """Number of elements of every parameter that the adapter covers, by its name in the base model."""
@@ -224,13 +226,15 @@ class DiffPruningModel(DiffPruningTuner):
         name = self.resolve(adapter_name)
         diff = {}
         for layer in self.layers_of(name):
+            if layer.is_gating(name):
+                check_whole(layer.adapter_parameters(name), "get_diff in gating")
             for parameter in layer.shapes if layer.is_gating(name) else ():
                 delta = layer.delta(name, parameter).reshape(-1)
                 positions = torch.nonzero(delta).squeeze(1)
                 if positions.numel():
                     diff[layer.parameter_key(parameter)] = positions, delta[positions]
             for sparse in layer.sparse_diffs(name).values():
-                diff[sparse.key] = sparse.positions, sparse.values.detach().float().clone()
+                diff[sparse.key] = sparse.positions, whole(sparse.values).float().clone()
         return diff
 
     def open_values(self) -> None:

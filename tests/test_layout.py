@@ -16,7 +16,7 @@ LOWER = {
     "layer": ["config", "gates", "files", "sparse"],
     "tuner": ["layer", "config", "gates", "files", "sparse"],
     "model": ["tuner", "layer", "config", "gates", "files", "sparse"],
-    "trainer": ["model", "gates", "files", "sparse"],
+    "trainer": ["model", "tuner", "gates", "files", "sparse"],
     "tools": ["model", "tuner", "layer", "config", "files", "sparse"],
 }
 """What each entry at the top may import beside itself; the package's `__init__` may import all."""

@@ -95,6 +95,8 @@ class ForwardPass:
         """The model, while a pass of it runs."""
         self.small_effective: dict[Hashable, Tensor] | None = None
         """Effective small parameters of the pass, made all at once; None before the first of them is used."""
+        self.sharded = False
+        """Whether FSDP shards the model: outside of a pass, layers then show the base's parameters as they are."""
         self.idle_passes: int | None = 0
         """Training passes so far, until the gates' first step; None from then on."""
         self._shared: Tensor | None = None

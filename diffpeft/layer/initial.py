@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -13,6 +14,7 @@ from diffpeft.files.encoding import buffer_size
 from diffpeft.files.keys import POSITIONS, VALUES
 from diffpeft.gates.update.factored import is_large, new_moments
 from diffpeft.gates.update.held import GATING_BUFFERS, GROUP_MOMENTS, LOG_ALPHAS, LOW_MEMORY_BUFFERS, MOMENTS
+from diffpeft.sparse.sharded import is_sharded, local, shard_like
 
 GATING_PARAMETERS = ("diffpruning_w", *LOG_ALPHAS)
 INIT_STD = 0.02
@@ -41,6 +43,8 @@ def gating_tensors(
         w[name] = nn.Parameter(zeros if config.init_weights else torch.randn_like(zeros).mul_(INIT_STD))
         if unknown:
             w[name].data.fill_(torch.nan)
+        if w[name].is_meta:  # PEFT's low_cpu_mem_usage
+            zeros = zeros.to("meta")
         if not config.gated:
             continue
         coarse = config.low_memory and is_large(shape)
@@ -88,3 +92,39 @@ def check_phases(state: Collection[str], prefix: str, gating: Mapping[str, bool]
                 "save the adapter with save_pretrained beside the state, make the model with "
                 "PeftModel.from_pretrained(base, directory, is_trainable=True), then the optimizer, and load the state"
             )
+
+
+# On shards of FSDP2: each process makes and keeps its own pieces
+
+
+def give_addresses(layer: Any, adapter_name: str) -> None:
+    """Put dense diffs that are on the meta device on the CPU, untouched, so that they take no memory there yet.
+
+    Accelerate finds the optimizer's parameters by their addresses.
+    """
+    for name, w in layer.held(GATING_PARAMETERS[0], adapter_name).items():
+        if w.is_meta:
+            layer.diffpruning_w[adapter_name][name] = nn.Parameter(torch.zeros(w.shape), w.requires_grad)
+
+
+def materialize(layer: Any, adapter_name: str) -> None:
+    """Give sharded gating tensors that are on the meta device their initial values."""
+    for kind in GATING_PARAMETERS:
+        held = layer.held(kind, adapter_name).values()
+        if any(is_sharded(parameter) and parameter.is_meta for parameter in held):
+            getattr(layer, kind)[adapter_name].to_empty(device=next(iter(held)).device_mesh.device_type)
+            for parameter in layer.held(kind, adapter_name).values():
+                local(parameter).fill_(layer.configs[adapter_name].init_log_alpha if kind in LOG_ALPHAS else 0.0)
+    shard_moments(layer, adapter_name)
+
+
+def shard_moments(layer: Any, adapter_name: str) -> None:
+    """Shard the moments of gates as the gates are: FSDP2 shards parameters alone, and moments are buffers."""
+    for log_alphas, kinds in zip(LOG_ALPHAS, (MOMENTS, GROUP_MOMENTS), strict=True):
+        for name, log_alpha in layer.held(log_alphas, adapter_name).items():
+            for kind in kinds if is_sharded(log_alpha) and not log_alpha.is_meta else ():
+                moments = getattr(layer, kind)[adapter_name]
+                if moments[name].is_meta:
+                    moments[name] = torch.zeros_like(log_alpha, requires_grad=False)
+                elif not is_sharded(moments[name]):
+                    moments[name] = shard_like(moments[name], log_alpha)

@@ -109,8 +109,10 @@ class DiffPruningLayer(AdapterTensors):
 
     def read(self, name: str) -> Any:
         """The attribute `name` of the wrapped module; a parameter as the adapters change it."""
-        base_layer = self.base_layer
-        return self.effective(name) if base_layer._parameters.get(name) is not None else getattr(base_layer, name)
+        own = self.base_layer._parameters.get(name)
+        if own is not None and self.noise.sharded and self.noise.model is None:
+            return own
+        return getattr(self.base_layer, name) if own is None else self.effective(name)
 
     @property
     def weight(self) -> Tensor:

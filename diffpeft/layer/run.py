@@ -17,6 +17,7 @@ from diffpeft.gates.update.low_memory import accumulator, low_memory_gates
 from diffpeft.layer.wrapped import device_of, is_offloaded, is_plain
 from diffpeft.sparse.functions import sampling_pays, sparse_embedding, sparse_linear, sparse_parameter
 from diffpeft.sparse.inplace import Entry, InplaceUpdate, can_be_overwritten
+from diffpeft.sparse.sharded import is_sharded
 
 Layer: TypeAlias = Any
 """A `DiffPruningLayer`, whose module imports this one."""
@@ -165,7 +166,7 @@ def _small_parameters(
         w, log_alpha, group_log_alpha = layer.gates_of_parameter(adapter_name, name)
         own = module._parameters.get(name)
         apart = name == "weight" and type(module) in (nn.Linear, nn.Embedding)  # these have a way of their own
-        if log_alpha is None or own is None or apart or log_alpha.numel() > MAX_SMALL_ELEMENTS:
+        if log_alpha is None or own is None or apart or log_alpha.numel() > MAX_SMALL_ELEMENTS or is_sharded(w):
             continue
         if log_alpha.device == own.device == device and low_memory_gates(layer, adapter_name, name) is None:
             key = layer.key, adapter_name, name

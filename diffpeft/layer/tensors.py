@@ -16,8 +16,9 @@ from diffpeft.files.keys import POSITIONS, VALUES
 from diffpeft.files.stored_diff import StoredDiff
 from diffpeft.gates import hard_concrete as gates
 from diffpeft.gates.update.held import GATING_BUFFERS, UpdateStatus
-from diffpeft.layer.initial import GATING_PARAMETERS, check_phases, fixmask_tensors, gating_tensors
+from diffpeft.layer.initial import GATING_PARAMETERS, check_phases, fixmask_tensors, gating_tensors, materialize
 from diffpeft.layer.wrapped import device_of, is_offloaded, keeping_dtype, own_shapes, quantization_backend
+from diffpeft.sparse.sharded import local, whole
 
 _generations = itertools.count()
 
@@ -128,6 +129,12 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 container: Any = getattr(self, attribute)
                 if adapter_name in container:
                     container[adapter_name].to(target)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        """Add to a state dict (torch's hook); a checkpoint of shards is loaded into the tensors of one."""
+        for adapter_name in self.configs:
+            materialize(self, adapter_name)
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load what a state dict has of this module (torch's hook). ValueError for adapters of another phase."""
@@ -274,6 +281,14 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         assert w is not None
         return w, log_alpha, group_log_alpha
 
+    def piece(self, adapter_name: str, name: str) -> gates.GatedDiff:
+        """The parameter's diff in gating, without gradient; of a sharded one the piece that this process holds."""
+        w, log_alpha, group_log_alpha = self.gates_of_parameter(adapter_name, name)
+        group = None if group_log_alpha is None else whole(group_log_alpha)
+        return gates.GatedDiff(
+            local(w), None if log_alpha is None else local(log_alpha), group, self.configs[adapter_name].stretch
+        )
+
     def delta(self, adapter_name: str, name: str) -> Tensor:
-        """z w with deterministic gates, fp32, shape of the parameter; gating only, without gradient."""
-        return gates.delta(*self.gates_of_parameter(adapter_name, name), self.configs[adapter_name].stretch)
+        """z w with deterministic gates, fp32, shape of the parameter or [`piece`]; gating only, without gradient."""
+        return gates.delta(*self.piece(adapter_name, name))

@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
+
+from diffpeft.sparse.sharded import Processes, add_up, gather_equal
 
 INFINITY_BITS = 0x7F800000
 HALF_BITS = 16
@@ -42,31 +44,35 @@ def select(scores: Tensor, threshold: Threshold, ties: int) -> tuple[Tensor, int
     return positions, max(0, ties - found)
 
 
-def global_threshold(scores: Sequence[Scores], k: int) -> Threshold:
-    """The cut that keeps the k largest of all scores together.
+def global_threshold(scores: Sequence[Scores], k: int, processes: Processes = None) -> Threshold:
+    """The cut that keeps the k largest of all scores together, of all processes.
 
     Raises:
         ValueError: k outside [1, number of scores]; NaN, infinite or negative scores.
     """
-    high = _histogram(bits >> HALF_BITS for bits in _bit_patterns(scores))
+    high = _histogram((bits >> HALF_BITS for bits in _bit_patterns(scores)), processes)
     total = int(high.sum())
     if not 1 <= k <= total:
         raise ValueError(f"k={k} of {total} scores cannot be kept; use 1 <= k <= {total}")
     high_bin, rank = _bin_of(high, k)
     in_bin = (bits[bits >> HALF_BITS == high_bin] for bits in _bit_patterns(scores))
-    low_bin, ties = _bin_of(_histogram(bits & 0xFFFF for bits in in_bin), rank)
+    low_bin, ties = _bin_of(_histogram((bits & 0xFFFF for bits in in_bin), processes), rank)
     cut = (high_bin << HALF_BITS) | low_bin
     return Threshold(float(torch.tensor(cut, dtype=torch.int32).view(torch.float32)), cut, ties)
 
 
-def global_top_k(scores: Sequence[Scores], k: int) -> tuple[list[Tensor], Threshold]:
+def global_top_k(scores: Sequence[Scores], k: int, processes: Processes = None) -> tuple[list[Tensor], Threshold]:
     """Positions of the k largest scores of all tensors together, ties going to the first tensors and positions.
+
+    With `processes` each has a piece of every tensor, in their order, and gets the positions in its own pieces.
 
     Returns one int64 tensor of sorted flat positions a tensor of scores, k in all; and the threshold.
     """
-    threshold = global_threshold(scores, k)
+    threshold = global_threshold(scores, k, processes)
     ties, kept = threshold.ties, []
-    for compute in scores:
+    allowed = None if processes is None else _ties(scores, threshold, processes)
+    for index, compute in enumerate(scores):
+        ties = ties if allowed is None else allowed[index]
         parts, start = [], 0
         for chunk in compute():
             positions, ties = select(chunk.reshape(-1), threshold, ties)
@@ -90,12 +96,23 @@ def _bit_patterns(scores: Sequence[Scores]) -> Iterator[Tensor]:
             yield bits
 
 
-def _histogram(chunks: Iterable[Tensor]) -> Tensor:
-    """The number of times that each number of 16 bits occurs, int64, on the CPU."""
+def _histogram(chunks: Iterable[Tensor], processes: Processes) -> Tensor:
+    """The number of times that each number of 16 bits occurs in all processes, int64, on the CPU."""
     counts = torch.zeros(1 << HALF_BITS, dtype=torch.int64)
     for chunk in chunks:
         counts += torch.bincount(chunk, minlength=len(counts)).cpu()
-    return counts
+    return add_up(counts, processes)
+
+
+def _ties(scores: Sequence[Scores], threshold: Threshold, processes: Processes) -> list[int]:
+    """How many scores equal to the cut this process may keep of each tensor: those that others before it leave."""
+    own = torch.zeros(len(scores), dtype=torch.int64)
+    for index, compute in enumerate(scores):
+        for chunk in compute():
+            own[index] += (chunk.reshape(-1).view(torch.int32) == threshold.bits).count_nonzero().cpu()
+    counts = torch.stack(gather_equal(own, processes), 1)  # of tensors, then of processes
+    before = (counts.flatten().cumsum(0) - counts.flatten()).view(counts.shape)
+    return [max(0, threshold.ties - int(taken)) for taken in before[:, distributed.get_rank(processes)]]
 
 
 def _bin_of(histogram: Tensor, rank: int) -> tuple[int, int]:

@@ -9,11 +9,12 @@ import warnings
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from diffpeft.gates.forward_pass import ForwardPass
 from diffpeft.gates.update.in_backward import InBackward
@@ -21,9 +22,10 @@ from diffpeft.model import DiffPruningModel
 from diffpeft.trainer import resume
 from diffpeft.trainer.begin import check_gating, choose_positions
 from diffpeft.trainer.ddp import DDPFinder, common_seed
-from diffpeft.trainer.launch import check_launch
+from diffpeft.trainer.launch import check_launch, is_fsdp, saves_shards
 from diffpeft.trainer.learning_rate import USED_RATE_ATTRIBUTE, RateSchedule, rates_of_diff
 from diffpeft.trainer.optimizer import OptimizerCheck
+from diffpeft.tuner.fsdp import before_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +106,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
                 tuner.select_positions()  # while nothing is sharded, and before there is an optimizer
             check_launch(args, tuner.phase() == "gating", self.fixmask_warmup_steps, _is_low_memory(tuner))
             tuner.open_values()
+            if is_fsdp():  # its checkpoints need optimizer state of all that trains, and gates have none there
+                before_sharding(tuner.layers_of(tuner.resolve(None)), tuner.resolve(None))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Check that model, run and checkpoint fit together, before any work is done."""
@@ -116,6 +120,8 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
         if before_training and tuner.phase() == "gating" and not state.global_step:
             self._show(args, state, choose_positions(tuner, model, args, kwargs["train_dataloader"], optimizer))
         check_launch(args, tuner.phase() == "gating", self.fixmask_warmup_steps, low_memory)
+        if is_fsdp():
+            tuner.after_sharding()
         steps = max(1, round(self.gating_ratio * state.max_steps)) if self.gating_steps is None else self.gating_steps
         attempted = self._tuner is not None and self._tuner.model is tuner.model
         again = attempted and tuner.phase() == "fixmask" and not state.global_step
@@ -220,8 +226,17 @@ class DiffPruningCallback(TrainerCallback, ExportableState):
             (logger.info if args.disable_tqdm else tqdm.write)(line)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        """Remove the dense checkpoint that `save_strategy="best"` makes of an evaluation in gating."""
+        """Remove the dense checkpoint that `save_strategy="best"` makes of an evaluation in gating.
+
+        To a checkpoint of shards in fixmask, add the adapter itself, of which a model is made to resume it.
+        """
         kept = state.best_model_checkpoint
+        if self._tuner is not None and self._tuner.phase() == "fixmask" and saves_shards():
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+            whole = get_model_state_dict(kwargs["model"], options=options)
+            if state.is_world_process_zero:
+                folder = f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+                kwargs["model"].save_pretrained(folder, state_dict=whole)
         if self._tuner is None or self._tuner.phase() != "gating" or args.save_strategy != SaveStrategy.BEST:
             return
         if kept is not None and state.is_world_process_zero:

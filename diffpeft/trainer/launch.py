@@ -1,17 +1,17 @@
 """Checks of how the Trainer was launched (docs/distributed.md): FSDP, DeepSpeed, DataParallel, fp16.
 
 The k values of a pruned adapter are ordinary parameters, whatever shards them. Gating is different: gates move by a
-rule that looks at all of them, and pruning replaces parameters; a process with pieces of the model can do neither.
+rule that looks at all of them, and pruning replaces parameters, which is made for FSDP2's shards and for no others.
 """
 
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from diffpeft.gates.update.in_backward import check_low_memory
-from diffpeft.sparse.sharded import REMEDY
 
 STEP_IN_BACKWARD = ("lomo", "adalomo")
 """Optimizers of the Trainer that update in the backward pass, beside those whose names end in "_layerwise"."""
@@ -37,13 +37,9 @@ def check_launch(args: TrainingArguments, gating: bool, warmup: float, low_memor
     state: Any = AcceleratorState()
     kind = state.distributed_type
     if kind == DistributedType.FSDP:
-        plugin = state.fsdp_plugin
-        if plugin.fsdp_version != 2:
-            raise ValueError(f"FSDP version {plugin.fsdp_version} flattens parameters; set fsdp_version: 2")
-        if plugin.cpu_ram_efficient_loading:
-            raise ValueError("positions are buffers, which are lost; set fsdp_cpu_ram_efficient_loading: false")
-        if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-            raise ValueError(f"{plugin.state_dict_type} splits adapters; set fsdp_state_dict_type: FULL_STATE_DICT")
+        _check_fsdp(state.fsdp_plugin, gating)
+        if gating and args.torch_compile:
+            raise ValueError("gating under FSDP2 cannot be compiled; set torch_compile=False")
     elif kind == DistributedType.DEEPSPEED:
         stage = state.deepspeed_plugin.zero_stage
         if stage > 2:
@@ -54,5 +50,28 @@ def check_launch(args: TrainingArguments, gating: bool, warmup: float, low_memor
         raise ValueError(f"{kind.value} splits the parameters that diffs change; use DistributedDataParallel or FSDP2")
     else:
         return
-    if gating:
-        raise ValueError(f"gating does not work under {kind.value}, which shards what it needs whole; {REMEDY}")
+    if gating and kind != DistributedType.FSDP:
+        raise ValueError(f"gating does not work under {kind.value}, which shards what it needs whole")
+
+
+def is_fsdp() -> bool:
+    """Whether Accelerate shards models by FSDP."""
+    return bool(AcceleratorState._shared_state) and AcceleratorState().distributed_type == DistributedType.FSDP
+
+
+def saves_shards() -> bool:
+    """Whether FSDP's checkpoints hold shards in place of whole tensors."""
+    return is_fsdp() and "SHARDED_STATE_DICT" in str(AcceleratorState().fsdp_plugin.state_dict_type)
+
+
+def _check_fsdp(plugin: Any, gating: bool) -> None:
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"FSDP version {plugin.fsdp_version} flattens parameters; set fsdp_version: 2")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError("positions are buffers, which are lost; set fsdp_cpu_ram_efficient_loading: false")
+    dtype = getattr(plugin.mixed_precision_policy, "param_dtype", None)
+    if gating and dtype not in (None, torch.float32):
+        raise ValueError(
+            f"mixed precision under FSDP2 would gather gates in {dtype}, in which they hardly move; set bf16=False (or "
+            'mixed_precision: "no"), and load the base model with dtype=torch.bfloat16'
+        )

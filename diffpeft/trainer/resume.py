@@ -69,6 +69,7 @@ def settings(tuner: BaseTuner, adapter_name: str) -> dict[str, Any]:
     """The config's fields that decide where a run ends, as JSON has them, and the fingerprint of the base model."""
     deciding = [one.name for one in fields(tuner.peft_config[adapter_name]) if one.metadata.get("decides_run")]
     config = tuner.peft_config[adapter_name].to_dict()
+    config["modules_to_save"] = sorted(set(config["modules_to_save"] or ()))  # PEFT adds heads that are there already
     noted = {"config": {name: config[name] for name in deciding}, "base": config["base_fingerprint"]}
     return json.loads(json.dumps(noted, default=sorted))  # type: ignore[no-any-return] # sets as lists
 
@@ -107,6 +108,7 @@ def check(tuner: BaseTuner, adapter_name: str, saved: Mapping[str, Any]) -> None
     for name, before in saved["config"].items():
         if name == "gated":  # in earlier checkpoints
             name, before = "selection", "gates" if before else "magnitude"
+        before = sorted(before or ()) if name == "modules_to_save" else before  # in earlier checkpoints as given
         _check_same(name, before, now["config"].get(name))
     base, whole = saved["base"] or {}, not _any_sharded(tuner)
     if whole:

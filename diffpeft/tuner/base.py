@@ -19,6 +19,7 @@ from diffpeft.layer.find import layers_in, outer_modules
 from diffpeft.layer.layer import DiffPruningLayer, RootParameters
 from diffpeft.layer.output import OutputLayer
 from diffpeft.layer.wrapped import is_quantized, own_shapes
+from diffpeft.sparse.sharded import is_sharded
 from diffpeft.tuner import injection, lookup, saving, switching
 
 
@@ -254,6 +255,8 @@ class DiffPruningTuner(BaseTuner):
         cls, model: nn.Module, config: DiffPruningConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Bring the adapter into the file's phase and shapes (PEFT's hook), which the loading itself does not."""
+        if any(map(is_sharded, state_dict.values())):  # a checkpoint of shards, of the model as it is
+            return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)  # type: ignore[no-any-return]
         layers = {name: layer for name, layer in outer_modules(model) if isinstance(layer, DiffPruningLayer)}
         layers = {name: layer for name, layer in layers.items() if layer.has_adapter(adapter_name)}
         tensors = saving.match_file(layers.values(), config, adapter_name, state_dict)
@@ -272,7 +275,9 @@ class DiffPruningTuner(BaseTuner):
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The model's output layer, as a plain module with the effective weight."""
-        output = self.model.get_output_embeddings()
+        output: nn.Module | None = self.model.get_output_embeddings()
+        if self.all_layers()[0].noise.sharded:
+            return output  # FSDP shards it
         return OutputLayer(output) if isinstance(output, DiffPruningLayer) else output
 
     def train(self, mode: bool = True) -> DiffPruningTuner:

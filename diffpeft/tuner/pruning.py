@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from diffpeft.config import GATING, DiffPruningConfig, check_density
 from diffpeft.files.encoding import rounded
 from diffpeft.files.keys import VALUES
-from diffpeft.gates.hard_concrete import GatedDiff
 from diffpeft.layer.layer import DiffPruningLayer
-from diffpeft.sparse.sharded import check_whole
+from diffpeft.sparse.sharded import Processes, gather, offset, processes_of
 from diffpeft.sparse.top_k import Scores, global_top_k
+from diffpeft.tuner.fsdp import ShardGroups, fill_state
 
 Values: TypeAlias = Callable[[Tensor], Tensor]
 """Gives the values of a parameter's diff at flat positions, both of shape (k,)."""
@@ -69,7 +69,7 @@ def magnitude_prune(
         raise ValueError(f"selection={config.selection!r} chooses positions before training; call select_positions")
 
     def by_magnitude(layer: DiffPruningLayer, name: str) -> tuple[Scores, Values]:
-        diff = GatedDiff(*layer.gates_of_parameter(adapter_name, name), config.stretch)
+        diff = layer.piece(adapter_name, name)
         return diff.scores, diff.values
 
     summary = keep_largest(tuner, adapter_name, density, by_magnitude, optimizer)
@@ -93,18 +93,24 @@ def keep_largest(
     density = tuner.peft_config[adapter_name].target_density if density is None else density
     k = check(tuner, adapter_name, density)
     old = {layer: layer.adapter_parameters(adapter_name) for layer in layers}
-    check_whole((p for parameters in old.values() for p in parameters), "choosing positions")
+    processes = processes_of(p for parameters in old.values() for p in parameters)
+    groups = ShardGroups(p for parameters in old.values() for p in parameters) if processes else None
     if optimizer is not None:
-        check_replaceable(optimizer, {p for parameters in old.values() for p in parameters if p.requires_grad})
+        check_replaceable(optimizer, {p for p in tuner.diff_parameters(adapter_name) if p.requires_grad})
     owners = [(layer, name) for layer in layers for name in layer.shapes]
     scores, values = zip(*(choice(layer, name) for layer, name in owners), strict=True)
-    kept, threshold = global_top_k(scores, k)
+    kept, threshold = global_top_k(scores, k, processes)
     chosen = {owner: (p, at(p)) for owner, at, p in zip(owners, values, kept, strict=True)}
+    if processes:
+        chosen = {owner: _gathered(tensors, *owner, adapter_name, processes) for owner, tensors in chosen.items()}
     replacement = dict[nn.Parameter, nn.Parameter | None]()
     for layer in layers:
         w = dict(layer.diffpruning_w[adapter_name])
         layer.set_diff(adapter_name, {name: chosen[layer, name] for name in layer.shapes})
         kept_values = getattr(layer, VALUES)[adapter_name]
+        if groups is not None:
+            for name in kept_values:
+                groups.replace(w[name], kept_values, name)
         replacement.update(dict.fromkeys(old[layer]))
         replacement.update({w[name]: kept_values[name] for name in kept_values})
     # A copy: the caller's config stays what it was, to begin another adapter with.
@@ -118,9 +124,22 @@ def keep_largest(
     for layer in layers:
         layer.configs[adapter_name] = config
         layer.noise.workspace.clear()
+    if groups:
+        groups.finish()
     if optimizer is not None:
         replace_parameters(optimizer, replacement)
+        if groups:
+            fill_state(optimizer, [parameter for parameter in replacement.values() if parameter is not None])
     return PruningSummary(k, tuner.num_base_parameters(), threshold.value, counts)
+
+
+def _gathered(
+    chosen: tuple[Tensor, Tensor], layer: DiffPruningLayer, name: str, adapter_name: str, processes: Processes
+) -> tuple[Tensor, Tensor]:
+    """Positions and values in the whole parameter, of all processes, from those in this one's piece."""
+    positions, values = chosen
+    start = offset(layer.gates_of_parameter(adapter_name, name)[0])
+    return torch.cat(gather(positions + start, processes)), torch.cat(gather(values, processes))
 
 
 def check(tuner: BaseTuner, adapter_name: str, density: float) -> int:

@@ -56,6 +56,8 @@ def tensors_to_save(
         ValueError: values that are NaN, infinite, damaged or were never loaded.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, DiffPruningLayer) and m.has_adapter(adapter_name)}
+    if any(map(is_sharded, tensors.values())):
+        return EncodedTensors(tensors, False)  # for a checkpoint of shards; they are no file
     found = {}
     for module, layer in layers.items():
         for name in layer.nnz(adapter_name) or {}:

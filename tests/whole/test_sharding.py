@@ -30,12 +30,12 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def pruned(gated=False):
+def pruned(gated=False, **gates):
     torch.manual_seed(0)
     base = BertForSequenceClassification(
         BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     )
-    config = DiffPruningConfig(task_type="SEQ_CLS", target_density=0.05, init_weights=False)
+    config = DiffPruningConfig(task_type="SEQ_CLS", target_density=0.05, init_weights=False, **gates)
     config.selection = "gates" if gated else "magnitude"
     model = get_peft_model(base, config)
     if not gated:
@@ -79,10 +79,11 @@ def test_two_processes_train_shards_as_they_train_replicas_and_resume_exactly(tm
 
 def test_what_needs_whole_parameters_says_so(process_group):
     model = fully_shard(pruned(gated=True))
-    with pytest.raises(ValueError, match=r"gate_step needs whole parameters, but FSDP has sharded .* gating_steps=0"):
-        model.base_model.gate_step(0, 10)
-    with pytest.raises(ValueError, match="choosing positions needs whole parameters"):
-        model.base_model.magnitude_prune()
+    with pytest.raises(ValueError, match=r"get_diff in gating needs whole parameters, but FSDP has sharded"):
+        model.base_model.get_diff()
+    fixed = pruned(gated=True, l0_lambda=1e-7)
+    with pytest.raises(ValueError, match=r"works with l0_lambda='auto' and low_memory=False, and these are 1e-07 and"):
+        fully_shard(fixed).base_model.gate_step(0, 10)
     with pytest.raises(ValueError, match="wrapping a model needs whole parameters"):
         get_peft_model(fully_shard(pruned().unload()), DiffPruningConfig(task_type="SEQ_CLS"))
     with pytest.raises(ValueError, match="merging needs whole parameters"):
@@ -115,7 +116,15 @@ def test_a_state_dict_of_whole_tensors_is_what_is_saved(process_group, tmp_path)
 
 def arguments(**changes):
     return SimpleNamespace(
-        **{"n_gpu": 1, "optim": "adamw_torch", "fp16": False, "max_grad_norm": 1.0, "fsdp": None, **changes}
+        **{
+            "n_gpu": 1,
+            "optim": "adamw_torch",
+            "fp16": False,
+            "max_grad_norm": 1.0,
+            "fsdp": None,
+            "torch_compile": False,
+            **changes,
+        }
     )
 
 
@@ -124,8 +133,7 @@ def arguments(**changes):
     [
         ({"fsdp_version": 1}, False, 0, "FSDP version 1 flattens parameters; set fsdp_version: 2"),
         ({"cpu_ram_efficient_loading": True}, False, 0, "fsdp_cpu_ram_efficient_loading: false"),
-        ({"state_dict_type": "SHARDED_STATE_DICT"}, False, 0, "set fsdp_state_dict_type: FULL_STATE_DICT"),
-        ({}, True, 0, "gating does not work under FSDP.*plain DistributedDataParallel, then train on here"),
+        ({"dtype": torch.bfloat16}, True, 0, r"gather gates in torch.bfloat16, .* set bf16=False .* dtype=torch.bfl"),
         ({"zero_stage": 3}, False, 0, "ZeRO stage 3 takes base weights away"),
         ({"zero_stage": 2}, True, 0, "gating does not work under DEEPSPEED"),
         ({"zero_stage": 2}, False, 0.1, "cannot do fixmask_warmup_steps=0.1"),
@@ -138,15 +146,16 @@ def test_launches_that_would_train_wrongly_are_refused(monkeypatch, state, gatin
         check_launch(arguments(), gating, warmup)
 
 
-@pytest.mark.parametrize("state", [{}, {"zero_stage": 1}, {"zero_stage": 2}])
-def test_fixmask_may_be_sharded(monkeypatch, state):
+@pytest.mark.parametrize("state", [{}, {"state_dict_type": "SHARDED_STATE_DICT"}, {"zero_stage": 1}, {"zero_stage": 2}])
+def test_fixmask_may_be_sharded_and_gating_under_fsdp(monkeypatch, state):
     monkeypatch.setattr("diffpeft.trainer.launch.AcceleratorState", launched(**state))
-    check_launch(arguments(), False, 0)
+    check_launch(arguments(), "zero_stage" not in state, 0)
 
 
 def launched(zero_stage=None, megatron=False, **fsdp):
     """Accelerate's state after a launch with FSDP2 or what else is asked for."""
-    plugin = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "state_dict_type": "FULL_STATE_DICT", **fsdp}
+    plugin = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "state_dict_type": "FULL_STATE_DICT"}
+    plugin |= {"mixed_precision_policy": SimpleNamespace(param_dtype=fsdp.pop("dtype", None)), **fsdp}
     kind = DistributedType.MEGATRON_LM if megatron else DistributedType.FSDP
     if zero_stage is not None:
         kind = DistributedType.DEEPSPEED

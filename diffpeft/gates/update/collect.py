@@ -7,13 +7,18 @@ from torch import Tensor
 from diffpeft.gates.update.held import GROUP_MOMENTS, LOG_ALPHAS, MOMENTS, GatedLayer
 from diffpeft.gates.update.low_memory import low_memory_gates
 from diffpeft.gates.update.state import ElementGates, Group, StoredGates
+from diffpeft.sparse.sharded import is_sharded, local, offset
 
 
 def groups_of(layer: GatedLayer, adapter_name: str) -> dict[str, Group]:
     """The gates of each parameter that has any, by its name in the layer."""
 
     def stored(log_alpha: Tensor, moments: Iterable[str], name: str) -> StoredGates:
-        return StoredGates(log_alpha, log_alpha.grad, *(layer.held(kind, adapter_name)[name] for kind in moments))
+        grad = None if log_alpha.grad is None else local(log_alpha.grad)
+        exp_avg, exp_avg_sq = (local(layer.held(kind, adapter_name)[name]) for kind in moments)
+        if not is_sharded(log_alpha):
+            return StoredGates(log_alpha, grad, exp_avg, exp_avg_sq)
+        return StoredGates(local(log_alpha), grad, exp_avg, exp_avg_sq, offset(log_alpha), log_alpha.numel())
 
     groups, group_log_alphas = {}, layer.held(LOG_ALPHAS[1], adapter_name)
     for name, log_alpha in layer.held(LOG_ALPHAS[0], adapter_name).items():
@@ -26,8 +31,3 @@ def groups_of(layer: GatedLayer, adapter_name: str) -> dict[str, Group]:
 def collect(layers: Iterable[GatedLayer], adapter_name: str) -> list[Group]:
     """The gates of all parameters of an adapter."""
     return [group for layer in layers for group in groups_of(layer, adapter_name).values()]
-
-
-def log_alphas(layers: Iterable[GatedLayer], adapter_name: str) -> list[Tensor]:
-    """log_alpha of all gates of an adapter, the groups' included."""
-    return [own for layer in layers for kind in LOG_ALPHAS for own in layer.held(kind, adapter_name).values()]

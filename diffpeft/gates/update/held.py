@@ -1,8 +1,10 @@
 """Names of the tensors that a layer holds for its gates, and the interface by which gate updates read them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from torch import Tensor
 
 LOG_ALPHAS = ("diffpruning_log_alpha", "diffpruning_group_log_alpha")
 """Parameters: log_alpha of the elements and of the groups."""
@@ -49,3 +51,17 @@ class GatedLayer(Protocol):
 def status_of(layer: GatedLayer, adapter_name: str) -> UpdateStatus:
     """The state of the adapter's next update on a layer."""
     return layer.update_status.setdefault(adapter_name, UpdateStatus())
+
+
+def log_alphas(layers: Iterable[GatedLayer], adapter_name: str) -> list[Tensor]:
+    """log_alpha of all gates of an adapter, the groups' included."""
+    return [own for layer in layers for kind in LOG_ALPHAS for own in layer.held(kind, adapter_name).values()]
+
+
+def check_rule(config: Any) -> None:
+    """Raise ValueError for gates that cannot be moved on shards."""
+    if config.l0_lambda != "auto" or config.low_memory:
+        raise ValueError(
+            f"gating on shards works with l0_lambda='auto' and low_memory=False, and these are {config.l0_lambda!r} "
+            f"and {config.low_memory}; change them, or gate in one process or under DistributedDataParallel"
+        )

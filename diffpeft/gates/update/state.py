@@ -1,6 +1,7 @@
 """The gates of an adapter as an update sees them: tensor by tensor, however their gradient and moments are kept."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -11,6 +12,7 @@ from diffpeft.gates.hard_concrete import Stretch, open_probability, open_shift
 from diffpeft.gates.small_parameters import MAX_SMALL_ELEMENTS
 from diffpeft.gates.update import kernels
 from diffpeft.gates.update.kernels import PROBABILITY_UNIT
+from diffpeft.sparse.sharded import Processes, add_up
 
 LINE_ELEMENTS = 16
 """Neighbours in a sample: as many as memory gives at a time."""
@@ -37,7 +39,10 @@ class ElementGates(Protocol):
         """A number that is finite if and only if the gradient is, shape (); None: that is known already."""
 
     def sample(self, stride: int) -> GateColumns:
-        """One in `stride` of the gates, from all over them; owners are the tensors' indices."""
+        """One in `stride` of the gates, from all over them; owners are the tensors' indices.
+
+        Of sharded tensors, all columns but the owners' are zero at gates that other processes hold.
+        """
 
     def step(self, rule: Tensor, stretch: Stretch, fused: bool = False) -> Tensor:
         """Move the gates by [`diffpeft.gates.update.kernels.automatic`], and count as [`count_open`] does."""
@@ -55,8 +60,17 @@ def every(tensor: Tensor, stride: int) -> Tensor:
     return flat.as_strided((-(-flat.numel() // stride),), (stride,)).clone()
 
 
+def sampled_positions(numel: int, stride: int, device: torch.device) -> Tensor:
+    """The flat positions that [`every`] takes of a tensor with so many elements, int64."""
+    lines = numel // (LINE_ELEMENTS * stride) if stride > 1 else 0
+    if lines:
+        starts = torch.arange(lines, device=device) * (LINE_ELEMENTS * stride)
+        return (starts.unsqueeze(1) + torch.arange(LINE_ELEMENTS, device=device)).reshape(-1)
+    return torch.arange(0, numel, stride, device=device)
+
+
 class StoredGates(NamedTuple):
-    """Gates with gradient and moments of full size."""
+    """Gates with gradient and moments of full size, or of the piece of a sharded tensor that this process holds."""
 
     log_alpha: Tensor
     """fp32, any shape."""
@@ -64,6 +78,10 @@ class StoredGates(NamedTuple):
     """Gradient of the task loss by log_alpha, shape of `log_alpha`; None where it is zero."""
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    start: int = 0
+    """Flat position of the piece in the whole tensor."""
+    whole: int | None = None
+    """Elements of the whole tensor, where this is a piece."""
 
     def columns(self) -> list[Tensor]:
         """log_alpha, gradient and the two moments."""
@@ -76,7 +94,14 @@ class StoredGates(NamedTuple):
 
     def sample(self, stride: int) -> GateColumns:
         """One in `stride` of the gates."""
-        columns = [every(column, stride) for column in self.columns()]
+        columns = self.columns()
+        if self.whole is None:
+            columns = [every(column, stride) for column in columns]
+        else:
+            positions = sampled_positions(self.whole, stride, self.log_alpha.device) - self.start
+            mine = (positions >= 0) & (positions < self.log_alpha.numel())
+            zeros = torch.zeros(len(positions), device=positions.device)
+            columns = [zeros.masked_scatter(mine, column.reshape(-1)[positions[mine]]) for column in columns]
         return GateColumns._make([*columns, torch.zeros_like(columns[0], dtype=torch.int64)])
 
     def step(self, rule: Tensor, stretch: Stretch, fused: bool = False) -> Tensor:
@@ -122,7 +147,16 @@ class JoinedGates:
 
     def sample(self, stride: int) -> GateColumns:
         """One in `stride` of the gates; owners are the members' indices."""
-        return GateColumns._make(every(column, stride) for column in (*self._columns, self._owner))
+        if all(member.whole is None for member in self._members):
+            return GateColumns._make(every(column, stride) for column in (*self._columns, self._owner))
+        sizes = tuple(map(_numel, self._members))
+        columns = [torch.zeros(sum(sizes), device=self._owner.device) for _ in range(4)]
+        for end, member in zip(itertools.accumulate(sizes), self._members, strict=True):
+            start = end - _numel(member) + member.start
+            for column, own in zip(columns, member.columns(), strict=True):
+                column[start : start + own.numel()] = own.reshape(-1)
+        owner = _owners(sizes, self._owner.device)
+        return GateColumns._make(every(column, stride) for column in (*columns, owner))
 
     def step(self, rule: Tensor, stretch: Stretch, fused: bool = False) -> Tensor:
         """Move the gates, here and in the members; `rule` may have a column for each gate."""
@@ -153,11 +187,18 @@ class Group(NamedTuple):
     group_gate: StoredGates | None
 
 
-class GateSet:
-    """All gates of an adapter, the small tensors' joined."""
+def _numel(gates: ElementGates) -> int:
+    """Elements of the whole tensor, which may be more than this process holds."""
+    whole: int | None = getattr(gates, "whole", None)
+    return gates.log_alpha.numel() if whole is None else whole
 
-    def __init__(self, groups: Sequence[Group]) -> None:
-        self.sizes = [group.elements.log_alpha.numel() for group in groups]
+
+class GateSet:
+    """All gates of an adapter, the small tensors' joined; sums and samples are those of all `processes`."""
+
+    def __init__(self, groups: Sequence[Group], processes: Processes = None) -> None:
+        self.processes = processes
+        self.sizes = [_numel(group.elements) for group in groups]
         """Number of elements of each group."""
         small: dict[int, StoredGates] = {}
         self._units: list[tuple[ElementGates, list[int]]] = []
@@ -179,8 +220,10 @@ class GateSet:
         """P(group open) of each group, fp32, shape (groups,); 1 without a group gate."""
         chances = torch.ones(len(self.sizes), device=self._device)
         if self._group_gates:
-            log_alphas = torch.cat([gate.log_alpha.detach() for gate in self._group_gates.values()])
-            chances[list(self._group_gates)] = open_probability(log_alphas, stretch)
+            log_alphas = chances.new_zeros(len(self._group_gates))
+            for index, gate in enumerate(self._group_gates.values()):  # one process holds it
+                log_alphas[index : index + gate.log_alpha.numel()] = gate.log_alpha.detach()
+            chances[list(self._group_gates)] = open_probability(add_up(log_alphas, self.processes), stretch)
         return chances
 
     def expected_nonzeros(self, stretch: Stretch, elements: Tensor) -> float:
@@ -197,7 +240,8 @@ class GateSet:
             part = gates.sample(stride)
             index = torch.tensor(members, device=part.owner.device)
             parts.append(part._replace(owner=index.index_select(0, part.owner)))
-        return GateColumns._make(torch.cat(column) for column in zip(*parts, strict=True))
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+        return GateColumns._make([*add_up(torch.stack(columns[:4]), self.processes), columns[4]])
 
     def step(self, rule: Tensor, stretch: Stretch, fused: bool = False) -> Tensor:
         """Move the elements' gates; returns what [`open_elements`] gives then."""
@@ -209,7 +253,7 @@ class GateSet:
         The paper's product would pull on a group with the sum over its elements and shut whole tensors first. Its mean
         over the elements makes elements decide first; a group goes when nothing in it is worth lambda.
         """
-        some = [index for index in self._group_gates if self.sizes[index]]
+        some = [index for index, gate in self._group_gates.items() if self.sizes[index] and gate.log_alpha.numel()]
         if some:
             sizes = elements.new_tensor([self.sizes[index] for index in some])
             lambdas = (rule[0] * elements[some] / sizes).float().unsqueeze(0)
@@ -220,4 +264,4 @@ class GateSet:
         sums = torch.zeros(len(self.sizes), dtype=torch.int64, device=self._device)
         if counts:
             sums[[index for _, members in self._units for index in members]] = torch.cat(list(counts))
-        return sums.double() / PROBABILITY_UNIT
+        return add_up(sums, self.processes).double() / PROBABILITY_UNIT

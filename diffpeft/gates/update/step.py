@@ -10,11 +10,12 @@ from torch import Tensor
 from diffpeft.gates import hard_concrete
 from diffpeft.gates.hard_concrete import Stretch, open_logit
 from diffpeft.gates.update import rules
-from diffpeft.gates.update.collect import collect, log_alphas
-from diffpeft.gates.update.held import GatedLayer
+from diffpeft.gates.update.collect import collect
+from diffpeft.gates.update.held import GatedLayer, check_rule, log_alphas
 from diffpeft.gates.update.in_backward import finish_update
 from diffpeft.gates.update.rules import StepSettings
 from diffpeft.gates.update.state import GateSet
+from diffpeft.sparse.sharded import add_up, local, processes_of
 
 
 class OpenCount(NamedTuple):
@@ -39,7 +40,8 @@ class Progress(NamedTuple):
 def gates_version(layers: Sequence[GatedLayer], adapter_name: str) -> Any:
     """A value that differs once any gate of the adapter has moved."""
     generations = [layer.generations.get(adapter_name) for layer in layers]
-    return adapter_name, generations, [(own._version, own.data_ptr()) for own in log_alphas(layers, adapter_name)]
+    own = map(local, log_alphas(layers, adapter_name))
+    return adapter_name, generations, [(tensor._version, tensor.data_ptr()) for tensor in own]
 
 
 def expected_l0(layers: Sequence[GatedLayer], adapter_name: str, config: Any) -> Tensor | None:
@@ -58,7 +60,7 @@ def count_open(
     version = gates_version(layers, adapter_name)
     if known is not None and known.version == version:
         return known
-    gates = GateSet(collect(layers, adapter_name))
+    gates = GateSet(collect(layers, adapter_name), processes_of(log_alphas(layers, adapter_name)))
     elements = gates.open_elements(stretch, any(layer.fused for layer in layers))
     return OpenCount(version, elements, gates.expected_nonzeros(stretch, elements))
 
@@ -78,11 +80,12 @@ def gate_step(
     """
     finished = [finish_update(layer, adapter_name) for layer in layers] if config.low_memory else []
     groups, fused = collect(layers, adapter_name), any(layer.fused for layer in layers)
+    gates = GateSet(groups, processes_of(log_alphas(layers, adapter_name)))
     checks = [check for group in groups if (check := group.elements.gradient_check()) is not None]
     l0_lambda = math.nan
-    if all(finished) and (not checks or bool(torch.stack(checks).sum().isfinite())):
+    if all(finished) and (not checks or bool(add_up(torch.stack(checks).sum(), gates.processes).isfinite())):
         if config.l0_lambda == "auto":
-            before, gates = count_open(layers, adapter_name, config.stretch, known), GateSet(groups)
+            before = count_open(layers, adapter_name, config.stretch, known)
             initial = torch.tensor(config.init_log_alpha)
             start = sum(gates.sizes) * float(torch.sigmoid(open_logit(initial, config.stretch)))
             target = min(start, config.target_density * progress.total)
@@ -93,6 +96,8 @@ def gate_step(
             expected = gates.expected_nonzeros(config.stretch, elements)
             known = OpenCount(gates_version(layers, adapter_name), elements, expected)
         else:
+            if gates.processes is not None:
+                check_rule(config)
             max_step, l0_lambda = config.gate_learning_rate or rules.PAPER_MAX_STEP, float(config.l0_lambda)
             settings = StepSettings(progress.step, max_step, config.stretch, fused)
             rules.fixed_lambda_step(groups, l0_lambda, config.group_penalty, settings)

@@ -117,7 +117,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     assert all(torch.equal(a, b) for a, b in zip(gates, before, strict=True))
     plain = StoredGates(*torch.zeros(4, 3))
     assert not plain.accumulate(torch.tensor([1.0, bad, 0.0]))
-    assert not torch.stack(plain).any()
+    assert not torch.stack(plain[:4]).any()
 
 
 def test_rows_without_gradients_for_long_end_at_zero_and_never_below_what_can_be_computed_with():
@@ -141,7 +141,7 @@ def test_gates_move_as_plain_ones_with_the_same_moments_do(device, fused, shape)
     log_alpha, exp_avg, exp_avg_sq = moments(gates)
     plain = StoredGates(log_alpha.clone(), torch.zeros_like(exp_avg), exp_avg.clone(), exp_avg_sq.clone())
     rule = torch.tensor([1e-4, 0.5, 0.25, 3.0, 200.0], device=device)
-    kernels.automatic(plain, rule)
+    kernels.automatic(plain.columns(), rule)
     gates.step(rule, STRETCH, fused)
     actual = moments(gates)
     assert float((actual[0] - plain.log_alpha).abs().max()) <= 2**-9  # of fp16 below 2

@@ -340,7 +340,7 @@ def test_memory_layout_does_not_matter(rule):
     for layout in (torch.contiguous_format, torch.channels_last):
         groups = make_groups([(2, 3, 3, 3)], False, mean=1.0)
         set_random_gradients(groups, 1e-3, seed=0)
-        groups = [Group(StoredGates(*(t.contiguous(memory_format=layout) for t in groups[0].elements)), None)]
+        groups = [Group(StoredGates(*(t.contiguous(memory_format=layout) for t in groups[0].elements[:4])), None)]
         if rule == "automatic":
             automatic_step(groups, 0, 0.1, 30.0, 20.0)
         else:
