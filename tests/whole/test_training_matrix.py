@@ -62,7 +62,7 @@ def check(made, used):
 @pytest.mark.parametrize("name", [name.value for name in OptimizerNames])
 def test_every_optimizer_trains_through_all_phases_or_is_refused_before(tiny_bert, tmp_path, name):
     if any(part in name for part in REFUSED):
-        with pytest.raises(ValueError, match="updates parameters within the backward pass"):
+        with pytest.raises(ValueError, match="steps before gates do"):
             run(tiny_bert, tmp_path, optim=name)
         return
     extra = {"optim_target_modules": ["dense"]} if "galore" in name or "apollo" in name else {}
